@@ -1,0 +1,71 @@
+"""trimtab: parameter-efficient fine-tuning of pretrained PyTorch models. The small surface that turns the ship."""
+
+from typing import TYPE_CHECKING, Any
+
+from .adapter import Adapter, PeftConfig, TaskType
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MergeError,
+    RecipeError,
+    TargetError,
+    TrimtabError,
+)
+from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
+from .merge import QuantizedMergeWarning
+from .methods.lora import LoraConfig
+from .model import PeftModel, get_peft_model
+from .targets import PartialTargetWarning
+
+if TYPE_CHECKING:
+    from .training import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LoraConfig",
+    "MergeError",
+    "PartialTargetWarning",
+    "PeftConfig",
+    "PeftModel",
+    "QuantizedMergeWarning",
+    "RecipeError",
+    "TargetError",
+    "TaskType",
+    "Trainer",
+    "TrimtabError",
+    "get_peft_model",
+    "prepare_model_for_int8_training",
+    "prepare_model_for_kbit_training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Trainer":  # its base class is transformers', which takes seconds to import
+        from .training import Trainer
+
+        return Trainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

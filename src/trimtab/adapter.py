@@ -1,0 +1,198 @@
+"""The contract: what a method gives (`Adapter`, one per site) and how it is configured (`PeftConfig`)."""
+
+import json
+from abc import ABC, abstractmethod
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from . import files, weights
+from .errors import CheckpointError, ConfigError, MergeError, did_you_mean
+
+
+class TaskType(StrEnum):
+    """HF PEFT's task names. The first three also name the heads that are trained whole (`HEADS`)."""
+
+    SEQ_CLS = "SEQ_CLS"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+# A new head starts random, so a frozen one would be useless: these are added to modules_to_save.
+HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+PeftConfigT = TypeVar("PeftConfigT", bound="PeftConfig")
+
+
+class Adapter(nn.Module):
+    """The weights of one adapter at one site, and how they act there.
+
+    With x the site's input and f its own computation, an active adapter makes the site return
+
+        y = after(site, x, f(before(site, x)))
+
+    Several active adapters nest in their order: the second takes the first one's result for f. An adapter
+    with a `replacement` (a trained copy of the site) has it run instead of f.
+    """
+
+    replacement: nn.Module | None
+    dropout: float = 0.0  # probability; 0 where the method has none
+    hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replacement = None
+
+    def before(self, site: nn.Module, x: Any) -> Any:
+        """The input the site gets. Must return new tensors, never change x in place."""
+        return x
+
+    def after(self, site: nn.Module, x: Any, y: Any) -> Any:
+        """The output in place of y; x is what came in, before `before`."""
+        return y
+
+    def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
+        """The weight (out, in, *kernel) with this adapter folded in.
+
+        Raises:
+            MergeError: the method is no linear map of the input, or not with one weight.
+        """
+        raise MergeError(f"{type(self).__name__} cannot be folded into a weight. Keep the adapter attached instead.")
+
+    def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        """The bias (out,) with this adapter folded in."""
+        return bias
+
+    def hf_key(self, name: str) -> str:
+        """The end of the key under which HF PEFT saves the parameter `name` of this adapter."""
+        return self.hf_names.get(name, name)
+
+
+class TrainedCopy(Adapter):
+    """`modules_to_save`: a copy of the whole module is trained; the base's own stays as it is.
+
+    On a half-precision base the copy is float32, since steps of training are smaller than half precision shows.
+    """
+
+    replacement: nn.Module
+
+    def __init__(self, replacement: nn.Module) -> None:
+        super().__init__()
+        self.replacement = replacement
+        for parameter in replacement.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(weights.master_dtype(parameter.dtype))
+
+    def before(self, site: nn.Module, x: Any) -> Any:
+        return _cast(x, weights.compute_dtype(self.replacement))
+
+    def after(self, site: nn.Module, x: Any, y: Any) -> Any:
+        return _cast(y, weights.compute_dtype(site))
+
+    def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
+        return weights.read(self.replacement)
+
+    def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else self.replacement.bias  # type: ignore[return-value]
+
+    def hf_key(self, name: str) -> str:
+        return name.removeprefix("replacement.")
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+class PeftConfig(BaseModel, ABC):
+    """Settings common to all methods; keyword arguments and their meanings are HF PEFT's.
+
+    Raises:
+        ConfigError: an unknown keyword (named with the closest known one), or a value of the wrong type.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    peft_type: ClassVar[str]
+    hf_prefix: ClassVar[str] = ""  # with which HF PEFT's names of this method's weights begin
+    hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's keywords not offered here -> the value that switches them off
+
+    task_type: TaskType | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        known = type(self).model_fields
+        for key in [key for key in settings if key not in known]:
+            if key not in self.hf_only:
+                raise ConfigError(f"{type(self).__name__} has no setting {key!r}.{did_you_mean(key, known)}")
+            if settings.pop(key) not in (self.hf_only[key], None):
+                raise ConfigError(f"{key} is a setting of HF PEFT's {type(self).__name__} that trimtab does not offer.")
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:1])
+            reason = first["msg"].removeprefix("Value error, ")
+            at = f"{where}={settings[where]!r}: " if where in settings else ""
+            raise ConfigError(f"{type(self).__name__}: {at}{reason}.".replace("..", ".")) from None
+
+    def resolved(self, model: nn.Module) -> Self:
+        """The same config with everything that was left to the model written out, so that it can be saved."""
+        return self
+
+    @abstractmethod
+    def adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        """New adapters for this model, by module name. Builds them and changes nothing.
+
+        Raises:
+            TargetError: nothing matches, or a matching module cannot be adapted.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"peft_type": self.peft_type, **self.model_dump(mode="json")}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.write(Path(folder) / files.CONFIG)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, revision: str | None = None) -> Self:
+        """The config saved in `folder` (or in that repository of the hub), as the class its peft_type names.
+
+        Raises:
+            CheckpointError: no adapter there, or one of a method that trimtab does not have.
+        """
+        path = files.current(files.locate(folder, revision), files.CONFIG)
+        if not path.is_file():
+            raise CheckpointError(f"{folder} holds no adapter: there is no {files.CONFIG} in it.")
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            peft_type = settings.pop("peft_type")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not an adapter's configuration: {error!r}.") from None
+        settings.pop("peft_version", None)
+        methods = {config.peft_type: config for config in _concrete(cls)}
+        if peft_type not in methods:
+            raise CheckpointError(f"{path} is of the method {peft_type!r}.{did_you_mean(str(peft_type), methods)}")
+        return methods[peft_type](**settings)
+
+
+def _concrete(config: type[PeftConfigT]) -> list[type[PeftConfigT]]:
+    own = [config] if hasattr(config, "peft_type") else []
+    return own + [found for child in config.__subclasses__() for found in _concrete(child)]

@@ -1,0 +1,165 @@
+"""Adapters of a model as a whole: attach, activate, disable, remove. Every change is checked before it is made."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import sites, weights
+from .adapter import Adapter, PeftConfig
+from .errors import AdapterError, did_you_mean
+from .sites import Active, AnySite
+
+
+@dataclass
+class Trunk:
+    """What a model with adapters remembers; one object, kept at the root module."""
+
+    active: Active = field(default_factory=Active)
+    configs: dict[str, PeftConfig] = field(default_factory=dict)
+    sites: dict[str, nn.Module] = field(default_factory=dict)  # by module name
+    trainable: set[str] = field(default_factory=set)  # base parameters that were trainable before
+
+    def adapters(self, name: str) -> dict[str, Adapter]:
+        """The adapters of one name, by module name."""
+        found = ((path, site.adapters) for path, site in self.sites.items())
+        return {path: adapters[name] for path, adapters in found if name in adapters}  # type: ignore[operator,index,misc]
+
+
+def trunk(model: nn.Module) -> Trunk:
+    found = vars(model).get("_trunk")
+    if not isinstance(found, Trunk):
+        raise AdapterError(f"{type(model).__name__} has no adapters. Attach one with get_peft_model.")
+    return found
+
+
+@dataclass
+class Plan:
+    """An adapter that fits the model, not attached yet."""
+
+    name: str
+    config: PeftConfig
+    adapters: dict[str, Adapter]
+
+
+def plan(model: nn.Module, config: PeftConfig, name: str) -> Plan:
+    """Build an adapter for this model and check that it would act. Changes nothing.
+
+    Raises:
+        AdapterError: the name cannot be used, or is used already.
+        ConfigError, TargetError: the config means nothing in this model.
+    """
+    check_name(model, name)
+    config = config.resolved(model)
+    adapters = config.adapters(model)
+    modules = dict(model.named_modules())
+    for path, adapter in adapters.items():
+        sites.check(path, modules[path], modules[path.rpartition(".")[0]], adapter)
+    return Plan(name, config, adapters)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    there = vars(model).get("_trunk")
+    if there and name in there.configs:
+        raise AdapterError(f"There is an adapter {name!r} already. Delete it first, or choose another name.")
+    if not name or "." in name or "/" in name or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"{name!r} cannot be an adapter's name: it names a folder and a module, so no '.' or '/'.")
+
+
+def install(model: nn.Module, made: Plan) -> None:
+    """Attach what `plan` built. The first adapter freezes the base."""
+    if "_trunk" not in vars(model):
+        own = Trunk(trainable={name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        model.requires_grad_(False)
+        object.__setattr__(model, "_trunk", own)
+    own = trunk(model)
+    modules = dict(model.named_modules())
+    for path, adapter in made.adapters.items():
+        site = modules[path]
+        stored = weights.parameter(site)
+        if stored is not None and not any(parameter.is_meta for parameter in adapter.parameters()):
+            adapter.to(stored.device)
+        adapter.requires_grad_(False).train(site.training)
+        sites.add(site, modules[path.rpartition(".")[0]], made.name, adapter, own.active)
+        own.sites[path] = site
+    own.configs[made.name] = made.config
+
+
+def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None:
+    """Let these adapters act, in this order, and train them (unless their config says inference_mode).
+
+    Raises:
+        AdapterError: an unknown name; two adapters that replace the same module; or merged adapters, which would
+            go on acting unseen.
+    """
+    own = trunk(model)
+    for name in names:
+        if name not in own.configs:
+            raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    if own.active.merged and set(names) != set(own.active.names):
+        raise AdapterError(f"{list(own.active.merged)} are merged into the weights; call unmerge_adapter() first.")
+    replaced: dict[str, str] = {}
+    for name in names:
+        for path, adapter in own.adapters(name).items():
+            if adapter.replacement is not None and (other := replaced.setdefault(path, name)) != name:
+                raise AdapterError(f"{other!r} and {name!r} both replace {path}: they cannot act together.")
+    for name in {*own.active.names, *names}:
+        learns = trainable and name in names and not own.configs[name].inference_mode
+        for adapter in own.adapters(name).values():
+            adapter.requires_grad_(learns)
+    own.active.names = tuple(dict.fromkeys(names))
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base's own outputs inside the block: no adapter acts, none is trained."""
+    own = trunk(model)
+    names, own.active.names = own.active.names, ()
+    try:
+        yield
+    finally:
+        own.active.names = names
+
+
+def delete(model: nn.Module, name: str) -> None:
+    """Remove one adapter; its sites without another become plain modules again."""
+    own = trunk(model)
+    if name not in own.configs:
+        raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    if name in own.active.merged:
+        raise AdapterError(f"{name!r} is merged into the weights; call unmerge_adapter() first.")
+    for path in own.adapters(name):
+        sites.remove(own.sites[path], name)
+        if not isinstance(own.sites[path], AnySite):
+            del own.sites[path]
+    del own.configs[name]
+    own.active.names = tuple(other for other in own.active.names if other != name)
+
+
+def detach(model: nn.Module) -> None:
+    """Remove all adapters and restore which parameters train: the model as it was."""
+    own = trunk(model)
+    for name in list(own.configs):
+        delete(model, name)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in own.trainable)
+    object.__delattr__(model, "_trunk")
+
+
+def counts(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable and of all parameters; packed 4-bit weights count as what they stand for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        size = _size(parameter)
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _size(parameter: Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+

@@ -1,0 +1,95 @@
+"""`AutoPeftModel`: base model and adapter from the adapter's folder alone."""
+
+import importlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+from . import files
+from .adapter import PeftConfig
+from .errors import CheckpointError
+from .model import PeftModel
+
+
+class AutoPeftModel:
+    """Load the base model that an adapter names, and the adapter onto it."""
+
+    _auto_class: ClassVar[str | None] = None  # of transformers; None: the class the adapter was saved with
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        revision: str | None = None,
+        **base_settings: Any,
+    ) -> PeftModel:
+        """The base model with the adapter acting on it.
+
+        Args:
+            base_settings: go to the base model's own `from_pretrained` (dtype, device_map, num_labels, ...).
+        Raises:
+            CheckpointError: no adapter there, one that names no base model, or one that does not fit its base.
+        """
+        folder = files.locate(pretrained_model_name_or_path, revision)
+        config = PeftConfig.from_pretrained(folder)
+        if not config.base_model_name_or_path:
+            raise CheckpointError(f"{folder} does not name its base model. Load that, then PeftModel.from_pretrained.")
+        if config.revision:
+            base_settings = {"revision": config.revision, **base_settings}
+        base = cls._base_class(config, folder).from_pretrained(config.base_model_name_or_path, **base_settings)
+        _fit_vocabulary(base, folder)
+        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable)
+
+    @classmethod
+    def _base_class(cls, config: PeftConfig, folder: Path) -> Any:
+        import transformers
+
+        if cls._auto_class:
+            return getattr(transformers, cls._auto_class)
+        mapping = config.auto_mapping or {}
+        library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
+        if not name:
+            task = {found._auto_class: found.__name__ for found in cls.__subclasses__()}
+            raise CheckpointError(
+                f"{folder} is for the task {config.task_type}: use the class of that task, {sorted(task.values())}."
+            )
+        # Importing what a downloaded file names would run any code, so only this library counts.
+        if library.split(".")[0] != "transformers":
+            raise CheckpointError(f"{folder} asks for {library}.{name}. Load it, then PeftModel.from_pretrained.")
+        return getattr(importlib.import_module(library), name)
+
+
+def _fit_vocabulary(base: Any, folder: Path) -> None:
+    """Tokens added before training lie in the tokenizer beside the adapter: make room for them."""
+    if not (folder / "tokenizer_config.json").exists() or not hasattr(base, "resize_token_embeddings"):
+        return
+    from transformers import AutoTokenizer
+
+    tokens = len(AutoTokenizer.from_pretrained(folder))
+    if tokens > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(tokens)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    _auto_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    _auto_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    _auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    _auto_class = "AutoModel"

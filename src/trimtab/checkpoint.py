@@ -1,0 +1,156 @@
+"""Save and load adapters in HF PEFT's format: safe (no pickle), atomic, and complete or not at all."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import attach, files, hf_format, weights
+from .adapter import Adapter, PeftConfig
+from .attach import trunk
+from .errors import AdapterError, CheckpointError, ConfigError, TargetError, did_you_mean
+from .targets import PartialTargetWarning
+
+
+def save(model: nn.Module, folder: str | Path, name: str, values: Mapping[str, Tensor] | None = None) -> None:
+    """Write one adapter to `folder`. A crash leaves what was there before, or the new adapter, never a mixture.
+
+    Args:
+        values: the model's state dict, where the parameters themselves are sharded or stale.
+    """
+    own = trunk(model)
+    if name not in own.configs:
+        raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise CheckpointError(f"{folder} is a file; an adapter is saved to a folder.")
+    tensors = hf_format.state(own.adapters(name), values, name)
+    config = own.configs[name].model_copy(update={"inference_mode": True})
+    metadata = {"format": "pt", "base_model_class": type(model).__name__, "base_model_type": _model_type(model)}
+    files.commit(
+        Path(folder),
+        {files.WEIGHTS: lambda path: save_file(tensors, path, metadata), files.CONFIG: config.write},
+    )
+
+
+def load(model: nn.Module, folder: str | Path, name: str, config: PeftConfig | None = None) -> None:
+    """Attach the adapter saved in `folder` under this name; it does not act yet.
+
+    Raises:
+        AdapterError: the name is taken.
+        CheckpointError: no adapter there, or one that does not fit this model. The model is untouched then.
+    """
+    attach.check_name(model, name)
+    if config is None:
+        config = PeftConfig.from_pretrained(folder)
+    where = _weights(folder)
+    _check_architecture(model, where, folder)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", PartialTargetWarning)  # a saved list may serve several architectures
+            made = attach.plan(model, config, name)
+    except (TargetError, ConfigError) as error:
+        raise CheckpointError(f"The adapter in {folder} does not fit {type(model).__name__}: {error}") from None
+    fill(model, made.adapters, where)
+    attach.install(model, made)
+
+
+def load_weights(model: nn.Module, folder: str | Path, name: str) -> None:
+    """Read the weights saved in `folder` into an adapter that is attached already.
+
+    Raises:
+        AdapterError: no such adapter. CheckpointError: weights that are not those of this adapter.
+    """
+    own = trunk(model)
+    if name not in own.configs:
+        raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    fill(model, own.adapters(name), _weights(folder))
+
+
+def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path) -> None:
+    """Read the file into the adapters, after checking that its keys and shapes are exactly theirs."""
+    keys = hf_format.keys(adapters)
+    try:
+        tensors = load_file(where)
+    except SafetensorError as error:
+        raise CheckpointError(f"{where} is damaged or no safetensors file: {error}.") from None
+    wanted = {key: adapters[path].state_dict()[entry] for key, (path, entry) in keys.items()}
+    missing = [key for key in wanted if key not in tensors]
+    extra = [key for key in tensors if key not in wanted and not _is_the_base_s(key, tensors[key], model)]
+    shapes = {key: (tensors[key].shape, wanted[key].shape) for key in wanted if key in tensors}
+    wrong = [f"{key} is {tuple(a)} in the file, {tuple(b)} here" for key, (a, b) in shapes.items() if a != b]
+    problems = {"Missing": missing, "Unexpected": extra, "Of the wrong shape": wrong}
+    if any(problems.values()):
+        listed = "\n".join(f"{what}: {'; '.join(found)}" for what, found in problems.items() if found)
+        raise CheckpointError(f"{where} does not fit this {type(model).__name__}. Nothing was changed.\n{listed}")
+    modules = dict(model.named_modules())
+    for path, adapter in adapters.items():
+        own = {entry: key for key, (at, entry) in keys.items() if at == path}
+        state = adapter.state_dict()
+        stored = weights.parameter(modules[path])
+        device = stored.device if stored is not None else torch.device("cpu")
+        for entry, key in own.items():
+            state[entry] = tensors[key].to(device, state[entry].dtype)
+        adapter.load_state_dict(state, assign=any(value.is_meta for value in adapter.state_dict().values()))
+
+
+def _is_the_base_s(key: str, tensor: Tensor, model: nn.Module) -> bool:
+    own = hf_format.base_value(key, model)
+    return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
+
+
+def _weights(folder: str | Path) -> Path:
+    found = files.locate(folder)
+    path = files.current(found, files.WEIGHTS)
+    if path.is_file():
+        return path
+    if (found / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"{folder} holds pickled weights (adapter_model.bin). Unpickling can run any code, so trimtab never does. "
+            "Convert them with safetensors in an environment you trust."
+        )
+    raise CheckpointError(f"{folder} holds no adapter: there is no {files.WEIGHTS} in it.")
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def _check_architecture(model: nn.Module, where: Path, folder: str | Path) -> None:
+    with safe_open(where, "pt") as opened:
+        saved = (opened.metadata() or {}).get("base_model_type", "")
+    here = _model_type(model)
+    if saved and here and saved != here:
+        raise CheckpointError(f"The adapter in {folder} was trained on a {saved} model; this is a {here} model.")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What lies in an adapter's folder, read without a model."""
+
+    config: PeftConfig
+    sites: dict[str, dict[str, tuple[int, ...]]]  # module name -> end of the key -> shape
+    parameters: int
+    bytes: int
+
+
+def describe(folder: str | Path) -> Description:
+    """Read an adapter's configuration and the shapes of its weights, not the weights."""
+    config = PeftConfig.from_pretrained(folder)
+    where = _weights(folder)
+    sites: dict[str, dict[str, tuple[int, ...]]] = {}
+    parameters = 0
+    try:
+        with safe_open(where, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                shape = tuple(opened.get_slice(key).get_shape())
+                path, end = hf_format.split(key, config.hf_prefix)
+                sites.setdefault(path, {})[end] = shape
+                parameters += int(torch.Size(shape).numel())
+    except SafetensorError as error:
+        raise CheckpointError(f"{where} is damaged or no safetensors file: {error}.") from None
+    return Description(config, sites, parameters, where.stat().st_size)

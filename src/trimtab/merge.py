@@ -1,0 +1,156 @@
+"""Fold adapters into the base's weights, and take them out again exactly.
+
+Merging puts new parameter objects in place and keeps the old ones, so unmerging restores the very bits (adding and
+subtracting a delta drifts), ties between weights, and quantized storage.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import sites, weights
+from .adapter import Adapter
+from .attach import Trunk, detach, trunk
+from .errors import AdapterError, MergeError, did_you_mean
+
+PARTS = ("_parameters", "_buffers", "_modules", "state")  # `state` is where bitsandbytes keeps 8-bit scales
+
+
+class QuantizedMergeWarning(UserWarning):
+    """The merged weight was quantized again, which rounds it."""
+
+
+def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False) -> None:
+    """Fold adapters (default: the active ones) into the weights; they act from there until `unmerge`.
+
+    Args:
+        safe: refuse a merge that makes a weight infinite or NaN.
+    Raises:
+        AdapterError: an unknown name, or adapters that are merged already.
+        MergeError: a method or a layer that cannot be folded; nothing is changed then.
+    """
+    own = trunk(model)
+    chosen = tuple(own.active.names if names is None else names)
+    for name in chosen:
+        if name not in own.configs:
+            raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    if own.active.merged:
+        raise AdapterError(f"{list(own.active.merged)} are merged already; call unmerge_adapter() first.")
+    folded = {path: site for path, site in own.sites.items() if any(name in site.adapters for name in chosen)}  # type: ignore[operator]
+    try:
+        for path, site in folded.items():
+            try:
+                _fold(site, chosen, safe)
+            except MergeError as error:
+                raise MergeError(f"{path}: {error}") from None
+    except BaseException:
+        _restore(own)
+        raise
+    own.active.merged = chosen
+    if quantized := [path for path, site in folded.items() if weights.is_quantized(site)]:
+        warnings.warn(
+            f"{len(quantized)} quantized weights were dequantized, merged and quantized again, which rounds: "
+            "outputs differ slightly from those of the attached adapter.",
+            QuantizedMergeWarning,
+            stacklevel=3,
+        )
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the weights back as they were, bit for bit."""
+    own = trunk(model)
+    _restore(own)
+    own.active.merged = ()
+
+
+def merge_and_detach(model: nn.Module, names: list[str] | None = None, safe: bool = False) -> None:
+    """Fold adapters in for good and remove them all."""
+    own = trunk(model)
+    if own.active.merged:
+        unmerge(model)
+    merge(model, names, safe)
+    untied = any(_was_tied(model, site) for site in own.sites.values())
+    for site in own.sites.values():
+        vars(site).pop("_kept", None)
+    own.active.merged = ()
+    detach(model)
+    if untied:
+        _untie(model)
+
+
+def _fold(site: nn.Module, names: tuple[str, ...], safe: bool) -> None:
+    adapters: list[Adapter] = [site.adapters[name] for name in names if name in site.adapters]  # type: ignore[operator,index,misc]
+    vars(site)["_kept"] = {part: _shallow(vars(site)[part]) for part in PARTS if part in vars(site)}
+    replaced = [adapter for adapter in adapters if adapter.replacement is not None]
+    others = [adapter for adapter in adapters if adapter.replacement is None]
+    for adapter in replaced:
+        trained = copy.deepcopy(adapter.replacement)
+        assert trained is not None
+        _put_in(site, trained.to(weights.compute_dtype(site)).requires_grad_(False))
+    if not others:
+        return
+    shape = weights.layout(site)
+    bias_name = shape.bias if shape else "bias"
+    bias = site._parameters.get(bias_name)
+    with torch.no_grad():
+        weight = sites.folded_weight(site, others) if shape else None
+        new_bias = sites.fold_bias(site, bias, others)
+    for value in (weight, new_bias):
+        if safe and value is not None and not value.isfinite().all():
+            raise MergeError("the merged weight would not be finite. The adapter is broken; nothing was changed.")
+    if weight is not None:
+        weights.write(site, weight)
+    if new_bias is not None and new_bias is not bias:
+        site._parameters[bias_name] = nn.Parameter(new_bias, requires_grad=False)
+
+
+def _shallow(part: Any) -> Any:
+    return dict(part) if isinstance(part, dict) else part
+
+
+def _put_in(site: nn.Module, trained: nn.Module) -> None:
+    """Let the site hold the trained copy's parameters and sub-modules instead of its own."""
+    for part in ("_parameters", "_buffers", "_modules"):
+        vars(site)[part].update(vars(trained)[part])
+
+
+def _restore(own: Trunk) -> None:
+    for site in own.sites.values():
+        for part, value in vars(site).pop("_kept", {}).items():
+            if part == "_parameters":
+                for name, parameter in value.items():
+                    _follow(parameter, site._parameters[name])
+            if isinstance(value, dict):
+                vars(site)[part].update(value)
+            else:
+                vars(site)[part] = value
+
+
+def _follow(parameter: Tensor | None, merged: Tensor | None) -> None:
+    """Take a kept parameter along where the model was moved or cast while it was merged."""
+    if parameter is None or merged is None:
+        return
+    if parameter.device != merged.device:
+        parameter.data = parameter.data.to(merged.device)
+    if parameter.is_floating_point() and parameter.dtype != merged.dtype:
+        parameter.data = parameter.data.to(merged.dtype)
+
+
+def _was_tied(model: nn.Module, site: nn.Module) -> bool:
+    kept = vars(site).get("_kept", {}).get("_parameters", {}).values()
+    still_there = {id(parameter) for parameter in model.parameters()}
+    own = {id(parameter) for parameter in site._parameters.values()}
+    return any(parameter is not None and id(parameter) in still_there - own for parameter in kept)
+
+
+def _untie(model: nn.Module) -> None:
+    """Tell a transformers model that its embeddings are two matrices now, so that both are saved."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    for settings in (config, config.get_text_config(decoder=True)):
+        settings.tie_word_embeddings = False
+    vars(model)["all_tied_weights_keys"] = {}

@@ -1,0 +1,62 @@
+"""BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): train biases only. y = f(x) + (b' - b), b' trained from b."""
+
+from torch import Tensor, nn
+
+from .. import weights
+from ..adapter import Adapter
+
+CHANNELS_FIRST = (*weights.CONVOLUTIONS, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+class TrainedBias(nn.Module):
+    """A trained value b' (out,) beside the site's own bias b, which stays as it is."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        bias = own_bias(site)
+        assert bias is not None
+        self.value = nn.Parameter(bias.detach().to(weights.master_dtype(bias.dtype), copy=True))
+        self.channels_first = isinstance(site, CHANNELS_FIRST)
+
+    def add(self, site: nn.Module, y: Tensor) -> Tensor:
+        """y (..., out) or, after convolutions, (B, out, ...)."""
+        bias = own_bias(site)
+        assert bias is not None
+        shift = (self.value - bias).to(y.dtype)
+        return y + (shift.view(-1, *[1] * (y.dim() - 2)) if self.channels_first else shift)
+
+    def fold(self, site: nn.Module, bias: Tensor | None) -> Tensor:
+        own = own_bias(site)
+        assert own is not None and bias is not None
+        return bias + (self.value - own).to(bias.dtype)
+
+
+class BiasAdapter(Adapter):
+    """The trained bias of a module that has nothing else to adapt."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        self.bias = TrainedBias(site)
+        self.name = bias_name(site)
+
+    def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.bias.add(site, y)
+
+    def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
+        return weight
+
+    def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        return self.bias.fold(site, bias)
+
+    def hf_key(self, name: str) -> str:
+        return self.name
+
+
+def bias_name(site: nn.Module) -> str:
+    shape = weights.layout(site)
+    return shape.bias if shape else "bias"
+
+
+def own_bias(site: nn.Module) -> Tensor | None:
+    """The stored bias of a module, whatever adapters say of it."""
+    return site._parameters.get(bias_name(site))

@@ -1,0 +1,274 @@
+"""What a user's model gains: the `PeftModel` mixin, and `get_peft_model`, which puts it there."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from . import attach, checkpoint, files, merge, sites, weights
+from .adapter import PeftConfig
+from .attach import trunk
+from .errors import AdapterError, CheckpointError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+) -> "PeftModel":
+    """Attach a new adapter to the model, freeze the rest, and return the same object, now also a `PeftModel`.
+
+    Args:
+        autocast_adapter_dtype: keep the adapter's weights in float32 on a half-precision base (recommended).
+        revision: of the base model, for the record that is saved.
+    Raises:
+        AdapterError: the model has adapters already (use `add_adapter`).
+        ConfigError, TargetError: the config means nothing in this model. The model is untouched then.
+    """
+    if isinstance(model, PeftModel):
+        raise AdapterError(f"{type(model).__name__} has adapters already. Use model.add_adapter(name, config).")
+    if revision is not None:
+        peft_config = peft_config.model_copy(update={"revision": revision})
+    _attach_new(model, adapter_name, peft_config, autocast_adapter_dtype)
+    assert isinstance(model, PeftModel)
+    attach.activate(model, [adapter_name])
+    return model
+
+
+def _attach_new(model: nn.Module, name: str, config: PeftConfig, float32: bool) -> None:
+    made = attach.plan(model, _named(config, model), name)
+    if not float32:
+        modules = dict(model.named_modules())
+        for path, adapter in made.adapters.items():
+            adapter.to(weights.compute_dtype(modules[path]))
+    attach.install(model, made)
+    _become_peft_model(model)
+
+
+def _named(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """The config with the base model's name, or without a task its class, on record."""
+    update: dict[str, Any] = {}
+    if config.base_model_name_or_path is None:
+        update["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    if config.task_type is None and config.auto_mapping is None:
+        cls = sites.lineage(type(model))[1]
+        update["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return config.model_copy(update=update)
+
+
+def _become_peft_model(model: nn.Module) -> None:
+    if not isinstance(model, PeftModel):
+        sites.swap_in(model, PeftModel)
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """The state of one site, with HF PEFT's field names."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+class PeftModel(sites.Swapped, nn.Module):
+    """Mixed into the class of a model with adapters; names and arguments are HF PEFT's.
+
+    It is never instantiated: `get_peft_model` and `PeftModel.from_pretrained` change the class of your model, which
+    stays the object, the class and the parameters that it was.
+    """
+
+    _hf_peft_config_loaded = True  # transformers.Trainer asks this before it trains on a quantized base
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Model,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+    ) -> "PeftModel":
+        """Attach the adapter saved in the folder (or hub repository) `model_id` and let it act.
+
+        Raises:
+            AdapterError: the name is taken.
+            CheckpointError: no adapter there, or one that does not fit this model. The model is untouched then.
+        """
+        if isinstance(model, PeftModel):
+            raise AdapterError(f"{type(model).__name__} has adapters already. Use model.load_adapter(folder, name).")
+        _load(model, model_id, adapter_name, is_trainable, config, revision, subfolder)
+        assert isinstance(model, PeftModel)
+        attach.activate(model, [adapter_name])
+        return model
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+    ) -> None:
+        """Attach one more saved adapter; it acts after `set_adapter`. Raises as `from_pretrained` does."""
+        _load(self, model_id, adapter_name, is_trainable, config, revision, subfolder)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        selected_adapters: list[str] | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write the adapters: "default" (or the only one) to the folder itself, others to folders of their names.
+
+        Args:
+            selected_adapters: which ones; all by default.
+            state_dict: the model's, where it was gathered from shards.
+            is_main_process: only then anything is written.
+        """
+        if not safe_serialization:
+            raise CheckpointError("Adapters are saved as safetensors only: a pickle can run any code when it is read.")
+        names = list(trunk(self).configs) if selected_adapters is None else selected_adapters
+        for name in names if is_main_process else ():
+            root = name == "default" or len(trunk(self).configs) == 1
+            checkpoint.save(self, Path(save_directory) / ("" if root else name), name, state_dict)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of each loaded adapter."""
+        return trunk(self).configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters that act, in their order."""
+        return list(trunk(self).active.names)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the one adapter that acts."""
+        names = self.active_adapters
+        if len(names) != 1:
+            raise AdapterError(f"{len(names)} adapters are active: {names}. Ask active_adapters.")
+        return names[0]
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+        """Attach one more new adapter; it acts and trains after `set_adapter`. Raises as `get_peft_model` does."""
+        _attach_new(self, adapter_name, peft_config, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Let this adapter act and train, or several, each on top of the one before.
+
+        Raises:
+            AdapterError: an unknown name, or adapters that cannot act together.
+        """
+        attach.activate(self, [adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the first that is left becomes active."""
+        was_active = self.active_adapters
+        attach.delete(self, adapter_name)
+        left = list(self.peft_config)
+        if was_active == [adapter_name] and left:
+            warnings.warn(f"{adapter_name!r} was active; now {left[0]!r} is.", stacklevel=2)
+            attach.activate(self, left[:1])
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model's own outputs inside the `with` block, also while adapters are merged."""
+        merged = list(trunk(self).active.merged)
+        if merged:
+            merge.unmerge(self)
+        try:
+            with attach.disabled(self):
+                yield
+        finally:
+            if merged:
+                merge.merge(self, merged)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters (the active ones by default) into the base's weights until `unmerge_adapter`."""
+        merge.merge(self, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's weights back, bit for bit."""
+        merge.unmerge(self)
+
+    def merge_and_unload(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+        """Fold adapters in for good and remove them: the plain model with new weights (the same object)."""
+        merge.merge_and_detach(self, adapter_names, safe_merge)
+        sites.swap_out(self, PeftModel)
+        return self
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters: the plain model as it was, bit for bit (the same object)."""
+        if trunk(self).active.merged:
+            merge.unmerge(self)
+        attach.detach(self)
+        sites.swap_out(self, PeftModel)
+        return self
+
+    def get_base_model(self) -> nn.Module:
+        """This very object: adapters live inside the base model, there is no wrapper to take off."""
+        return self
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable parameters and of all parameters, adapters included."""
+        return attach.counts(self)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = attach.counts(self)
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """The state of every site: which adapters it has, which act, which train, where they lie."""
+        own = trunk(self)
+        return [_status(own, path, site) for path, site in own.sites.items()]
+
+
+def _load(
+    model: nn.Module,
+    model_id: str | Path,
+    name: str,
+    is_trainable: bool,
+    config: PeftConfig | None,
+    revision: str | None,
+    subfolder: str,
+) -> None:
+    folder = files.locate(model_id, revision) / subfolder
+    if config is None:
+        config = PeftConfig.from_pretrained(folder)
+    config = config.model_copy(update={"inference_mode": not is_trainable})
+    checkpoint.load(model, folder, name, config)
+    _become_peft_model(model)
+
+
+def _status(own: attach.Trunk, path: str, site: nn.Module) -> LayerStatus:
+    assert isinstance(site, sites.AnySite)
+    here = {name: list(adapter.parameters()) for name, adapter in site.adapters.items()}
+    return LayerStatus(
+        name=path,
+        module_type=type(site).__name__,
+        enabled=bool(own.active.names),
+        active_adapters=[name for name in own.active.names if name in here],
+        merged_adapters=[name for name in own.active.merged if name in here],
+        requires_grad={name: any(parameter.requires_grad for parameter in found) for name, found in here.items()},
+        available_adapters=sorted(here),
+        devices={name: sorted({parameter.device.type for parameter in found}) for name, found in here.items()},
+    )

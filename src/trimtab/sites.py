@@ -1,0 +1,225 @@
+"""Class swap: a module of the user's own model becomes a site, and which adapters act there.
+
+A site's class is a generated subclass (Site, OriginalClass), set in place: no module is wrapped, no parameter
+renamed, and `super().forward` runs whatever the layer is. The subclass keeps the original's name and signature,
+because transformers, accelerate and Trainer look at both.
+"""
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from . import weights
+from .adapter import Adapter
+from .errors import TargetError
+
+
+class Active:
+    """Which adapters act: one object for the whole model, read by every site at every call."""
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()  # in the order in which they nest
+        self.merged: tuple[str, ...] = ()  # folded into the weights, so they act without being called
+
+
+class Swapped:
+    """Base of the mixins that generated classes put in front of a module's own class."""
+
+    _original: ClassVar[type[nn.Module]]  # the class to go back to
+    _mixin: ClassVar[type["Swapped"]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Generated classes cannot be found by name: pickle the way to make them again."""
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
+        assert isinstance(reduced, tuple)
+        _, arguments, *state = reduced
+        return _rebuild, (*lineage(arguments[0]), *arguments[1:]), *state
+
+
+def lineage(cls: type) -> tuple[tuple[type[Swapped], ...], type[nn.Module]]:
+    """The mixins swapped into a class, innermost first, and the class it was before."""
+    mixins: tuple[type[Swapped], ...] = ()
+    while "_mixin" in vars(cls):
+        mixins, cls = (cls._mixin, *mixins), cls._original
+    return mixins, cls
+
+
+def _rebuild(mixins: tuple[type[Swapped], ...], cls: type, *arguments: Any) -> nn.Module:
+    made = functools.reduce(lambda made, mixin: _generated(mixin, made), mixins, cls)
+    new: nn.Module = made.__new__(made, *arguments)
+    return new
+
+
+@functools.cache
+def _generated(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
+    copied = ("__module__", "__qualname__", "__doc__")
+    namespace: dict[str, Any] = {name: getattr(original, name) for name in copied}
+    namespace |= {"_mixin": mixin, "_original": original}
+    if "forward" in vars(mixin):
+        mixed: Callable[..., Any] = vars(mixin)["forward"]
+
+        @functools.wraps(original.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return mixed(self, *args, **kwargs)
+
+        namespace |= {"forward": forward, "_first": list(inspect.signature(original.forward).parameters)[1]}
+    if hasattr(mixin, "properties"):
+        namespace |= mixin.properties(original)
+    return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
+
+
+def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
+    module.__class__ = _generated(mixin, type(module))
+
+
+def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
+    mixins, original = lineage(type(module))
+    kept = [other for other in mixins if other is not mixin]
+    module.__class__ = functools.reduce(lambda cls, other: _generated(other, cls), kept, original)
+
+
+class AnySite(Swapped, nn.Module):
+    """What both kinds of site hold. `adapters` are all that are loaded here, active or not."""
+
+    adapters: nn.ModuleDict
+    _active: Active
+    _kept: dict[str, Any]  # while merged: the parameters as they were
+
+    def acting(self) -> list[Adapter]:
+        """The adapters that shape this call: active, and not already in the weights."""
+        active = self._active
+        return [self.adapters[name] for name in active.names if name in self.adapters and name not in active.merged]  # type: ignore[misc]
+
+
+class Site(AnySite):
+    """A module that is called: its adapters act around its own forward."""
+
+    _first: ClassVar[str]  # the name of forward's first parameter, for calls by keyword
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().forward  # type: ignore[misc]
+        stack = self.acting()
+        if not stack:
+            return call(*args, **kwargs)
+        if args:
+            x, args, name = args[0], args[1:], None
+        else:
+            name = self._first
+            x = kwargs.pop(name)
+        for adapter in stack:
+            if adapter.replacement is not None:
+                call = adapter.replacement
+        inputs = []
+        for adapter in reversed(stack):
+            inputs.append(x)
+            x = adapter.before(self, x)  # type: ignore[arg-type]
+        y = call(x, *args, **kwargs) if name is None else call(**{name: x}, **kwargs)
+        for adapter in stack:
+            y = adapter.after(self, inputs.pop(), y)  # type: ignore[arg-type]
+        return y
+
+
+class ReadSite(AnySite):
+    """A module whose weights its parent reads without calling it, so that `after` would never run.
+
+    nn.MultiheadAttention reads its out_proj, and nn.TransformerEncoderLayer on its fast path all of its parts.
+    Here reading `site.weight` gives the folded weight, whoever reads it.
+    """
+
+    @classmethod
+    def properties(cls, original: type[nn.Module]) -> dict[str, Any]:
+        attention = issubclass(original, nn.MultiheadAttention)
+        names = ("in_proj_weight", "in_proj_bias") if attention else ("weight", "bias")
+        return {
+            name: property(lambda self, name=name, fold=fold: fold(self, self._parameters[name], self.acting()))
+            for name, fold in zip(names, (fold_weight, fold_bias), strict=True)
+        }
+
+
+def fold_weight(site: nn.Module, stored: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
+    """The stored weight with adapters folded in, in the stored layout."""
+    if not adapters:
+        return stored
+    shape = weights.layout(site)
+    assert shape is not None
+    folded = folded_weight(site, adapters)
+    return folded.T if shape.transposed else folded
+
+
+def fold_bias(site: nn.Module, stored: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
+    for adapter in adapters:
+        stored = adapter.merged_bias(site, stored)
+    return stored
+
+
+def folded_weight(site: nn.Module, adapters: list[Adapter]) -> Tensor:
+    """The dense weight (out, in / groups, *kernel) with adapters folded in, in their order."""
+    weight = weights.read(site)
+    dtype = weight.dtype
+    for adapter in adapters:
+        weight = adapter.merged(site, weight.to(weights.master_dtype(dtype)))
+    return weight.to(dtype)
+
+
+def is_read(module: nn.Module, parent: nn.Module | None) -> bool:
+    """Whether somebody else reads this module's weights instead of calling it."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer) and isinstance(module, nn.Linear)
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of the module as it would be without adapters."""
+    copied = copy.deepcopy(module)
+    for _, site in list(sites(copied)):
+        for name in list(site.adapters):  # type: ignore[arg-type]
+            remove(site, name)
+    return copied
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, AnySite):
+            yield name, module
+
+
+def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapter) -> None:
+    """Raise a TargetError where this adapter would not act at this module."""
+    if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
+        raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
+    if not is_read(module, parent):
+        return
+    rule = f"{name} is never called: {type(parent or module).__name__} reads its weight. So an adapter must be foldable"
+    if type(adapter).merged is Adapter.merged:
+        raise TargetError(f"{rule}, which {type(adapter).__name__} is not. Leave it out with exclude_modules.")
+    if adapter.dropout:
+        raise TargetError(f"{rule} and its dropout 0, not {adapter.dropout}; or leave it out with exclude_modules.")
+
+
+def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> None:
+    """Put an adapter at a module, making a site of it where it is none yet."""
+    if not isinstance(module, AnySite):
+        swap_in(module, ReadSite if is_read(module, parent) else Site)
+        module.adapters = nn.ModuleDict()
+        module._active = active  # type: ignore[assignment]
+    module.adapters[name] = adapter  # type: ignore[index,operator]
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take an adapter from a site; with its last adapter the site is a plain module again."""
+    adapters = module.adapters
+    assert isinstance(adapters, nn.ModuleDict)
+    if name in adapters:
+        del adapters[name]
+    if not len(adapters):
+        for attribute in ("adapters", "_active"):
+            delattr(module, attribute)
+        for mixin in (Site, ReadSite):
+            swap_out(module, mixin)
+
+

@@ -1,0 +1,255 @@
+"""Which modules a config means: names, patterns, "all-linear", defaults; and what a model offers at all."""
+
+import re
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, Self, TypeVar
+
+from pydantic import field_validator
+from torch import nn
+
+from . import weights
+from .adapter import HEADS, Adapter, PeftConfig, TrainedCopy
+from .errors import ConfigError, TargetError, closest, did_you_mean
+from .sites import AnySite, plain_copy
+
+T = TypeVar("T")
+
+ALL_LINEAR = "all-linear"
+
+# Names under which attention's query and value projections (or the one fused projection) go; the first group
+# that a model has whole is what target_modules=None means, as in the LoRA paper (section 7.1).
+ATTENTION = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q", "v"),
+    ("q_lin", "v_lin"),
+    ("query_proj", "value_proj"),
+    ("to_q", "to_v"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("Wqkv",),
+    ("qkv",),
+    ("in_proj",),
+)
+
+
+class PartialTargetWarning(UserWarning):
+    """Some entries of a list match nothing in this model: fine in a script that serves many architectures."""
+
+
+def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without the root and without the insides of adapters."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module._modules.items():
+            if child is None or id(child) in seen or (name == "adapters" and isinstance(module, AnySite)):
+                continue
+            seen.add(id(child))
+            yield f"{path}{name}", child
+            yield from walk(child, f"{path}{name}.")
+
+    return walk(model, prefix)
+
+
+def adaptable(model: nn.Module) -> dict[str, weights.Layout]:
+    """Every layer that adapters fit on, with the shape of its weight."""
+    shapes = ((name, weights.layout(module)) for name, module in base_modules(model))
+    return {name: shape for name, shape in shapes if shape is not None}
+
+
+def is_linear(module: nn.Module) -> bool:
+    others = (nn.Embedding, nn.MultiheadAttention, *weights.CONVOLUTIONS)
+    return weights.layout(module) is not None and not isinstance(module, others)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether an entry of a list means this module: its full name, or its last parts."""
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+class TargetConfig(PeftConfig):
+    """Settings of the methods that live at sites chosen by name.
+
+    target_modules: list of names (full, or last parts), a regular expression for full names, or "all-linear";
+        None takes the query and value projections of attention.
+    exclude_modules: names or a regular expression to leave out.
+    layers_to_transform, layers_pattern: only the layers with these numbers, in the module list of that name.
+    modules_to_save: modules trained whole, as copies; for classification tasks the head is added by itself.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    @field_validator("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return sorted(value) if isinstance(value, set | frozenset) else value
+
+    @abstractmethod
+    def build(self, name: str, site: nn.Module) -> Adapter:
+        """A new adapter for the module of this name."""
+
+    def resolved(self, model: nn.Module) -> Self:
+        """The same config with everything that was left to the model written out, so that it can be saved."""
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern says where layers are counted: it needs layers_to_transform beside it.")
+        if self.layers_to_transform is not None and self._is_expression():
+            raise ConfigError("target_modules is a regular expression: write the layers into it, not beside it.")
+        update: dict[str, Any] = {"modules_to_save": self._to_save(model)}
+        if self.target_modules is None:
+            update["target_modules"] = list(_default(model))
+        elif self.target_modules == ALL_LINEAR:
+            update["target_modules"] = _compact(self._all_linear(model, update["modules_to_save"] or []), model)
+        return self.model_copy(update=update)
+
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules to adapt, by name.
+
+        Raises:
+            TargetError: a setting that matches nothing, or a match that is no layer with a weight.
+        """
+        assert self.target_modules is not None, "resolve the config first"
+        modules = dict(base_modules(model))
+        found = _select(self.target_modules, modules, "target_modules", model)
+        saved = list(self._saved(modules, model))
+        found = [name for name in found if not any(name == top or name.startswith(f"{top}.") for top in saved)]
+        if self.exclude_modules:
+            excluded = _select(self.exclude_modules, modules, "exclude_modules", model)
+            found = [name for name in found if name not in excluded]
+        if self.layers_to_transform is not None:
+            found = self._in_layers(found, self.layers_to_transform)
+        if not found:
+            raise TargetError("After exclude_modules and modules_to_save no target is left; loosen one of them.")
+        for name in found:
+            if not self.fits(modules[name]):
+                raise TargetError(
+                    f"{name} is a {type(modules[name]).__name__}, which {type(self).__name__} cannot adapt. "
+                    f"Name its layers instead.{did_you_mean(name, (n for n, m in modules.items() if self.fits(m)))}"
+                )
+        return {name: modules[name] for name in found}
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether this method can adapt such a module; by default every layer with one weight."""
+        return weights.layout(module) is not None
+
+    def adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        made = {name: self.build(name, site) for name, site in self.find(model).items()}
+        for name, module in self._saved(dict(base_modules(model)), model).items():
+            if isinstance(module, nn.MultiheadAttention):
+                raise TargetError(f"modules_to_save: {name} is a MultiheadAttention; adapt it, or save its parent.")
+            made[name] = TrainedCopy(plain_copy(module))
+        return made
+
+    def _is_expression(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+
+    def _to_save(self, model: nn.Module) -> list[str] | None:
+        heads = HEADS.get(self.task_type, ()) if self.task_type else ()
+        names = [name for name, _ in base_modules(model)]
+        present = [head for head in heads if any(matches(head, name) for name in names)]
+        listed = list(dict.fromkeys([*(self.modules_to_save or []), *present]))
+        return listed or None
+
+    def _saved(self, modules: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:
+        if not self.modules_to_save:
+            return {}
+        names = _select(self.modules_to_save, modules, "modules_to_save", model)
+        return {name: modules[name] for name in names}
+
+    def _all_linear(self, model: nn.Module, saved: list[str]) -> list[str]:
+        """Every linear layer but the output head: logits are left to what comes before them, as in QLoRA."""
+        get_output = getattr(model, "get_output_embeddings", None)
+        try:
+            head = get_output() if get_output else None
+        except NotImplementedError:
+            head = None
+        found = [name for name, module in base_modules(model) if is_linear(module) and module is not head]
+        found = [name for name in found if not any(f".{entry}." in f".{name}." for entry in saved)]
+        if not found:
+            raise TargetError(f"{type(model).__name__} has no linear layer for target_modules='{ALL_LINEAR}'.")
+        return found
+
+    def _in_layers(self, found: list[str], wanted: list[int] | int) -> list[str]:
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        counted = rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r"(?:.*?\.)?[^.]*\.(\d+)\."
+        number = {name: int(hit[1]) for name in found if (hit := re.match(counted, name))}
+        if not number:
+            raise TargetError(
+                f"layers_pattern={self.layers_pattern!r} matches none of the targets, for example {found[0]}."
+            )
+        if missing := sorted(set(wanted) - set(number.values())):
+            there = sorted(set(number.values()))
+            raise TargetError(f"layers_to_transform names layers {missing}; the targets are in layers {there}.")
+        return [name for name in found if number.get(name) in wanted]
+
+
+def check_patterns(setting: str, keys: Iterable[str], names: Iterable[str]) -> None:
+    """Raise a ConfigError if a key of rank_pattern or the like means none of these modules."""
+    names = list(names)
+    for key in keys:
+        if not any(pattern_matches(key, name) for name in names):
+            raise ConfigError(f"{setting} has the key {key!r}, which matches no target.{did_you_mean(key, names)}")
+
+
+def pattern_matches(key: str, name: str) -> bool:
+    """HF PEFT's rule: the key is a regular expression for the whole name or for its last parts."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def pattern_value(pattern: dict[str, T], name: str, default: T) -> T:
+    """The value of the first key that means this module."""
+    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
+
+
+def _select(wanted: list[str] | str, modules: dict[str, nn.Module], setting: str, model: nn.Module) -> list[str]:
+    """The names a setting means, in the model's order."""
+    if isinstance(wanted, str):
+        try:
+            found = [name for name in modules if re.fullmatch(wanted, name)]
+        except re.error as error:
+            raise ConfigError(f"{setting}={wanted!r} is no regular expression: {error}.") from None
+        unmatched = [] if found else [wanted]
+    else:
+        found = [name for name in modules if any(matches(entry, name) for entry in wanted)]
+        unmatched = [entry for entry in wanted if not any(matches(entry, name) for name in found)]
+    if not found:
+        hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, modules)))
+        offer = f" Closest: {', '.join(hints)}." if hints else ""
+        raise TargetError(
+            f"{setting}={wanted!r} matches no module of {type(model).__name__}.{offer} "
+            "The command `trimtab targets MODEL` lists what there is."
+        )
+    if unmatched:
+        warnings.warn(f"{setting}: {unmatched} match no module of {type(model).__name__}.", PartialTargetWarning, 5)
+    return found
+
+
+def _suggest(entry: str, modules: dict[str, nn.Module]) -> list[str]:
+    ends = dict.fromkeys(name.rsplit(".", 1)[-1] for name, module in modules.items() if weights.layout(module))
+    return closest(entry.rsplit(".", 1)[-1], (end for end in ends if not end.isdigit()))
+
+
+def _default(model: nn.Module) -> tuple[str, ...]:
+    ends = {name.rsplit(".", 1)[-1] for name, module in base_modules(model) if is_linear(module)}
+    for group in ATTENTION:
+        if ends.issuperset(group):
+            return group
+    raise TargetError(
+        f"target_modules=None means attention's query and value, which {type(model).__name__} has under no known "
+        f"name. Give target_modules, or '{ALL_LINEAR}'."
+    )
+
+
+def _compact(names: list[str], model: nn.Module) -> list[str]:
+    """The last parts of the names where they say the same, else the names."""
+    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+    meant = [name for name, _ in base_modules(model) if any(matches(end, name) for end in ends)]
+    return ends if meant == names and not any(end.isdigit() for end in ends) else names

@@ -1,0 +1,209 @@
+"""What a layer's weight is: its shape, its reading and writing (quantized or not), and the map it stands for.
+
+Everywhere else a weight is (out, in, *kernel) in floating point. Here, and only here, live the layers that
+store it otherwise: transposed (Embedding, GPT-2's Conv1D), under another name (MultiheadAttention) or packed
+(bitsandbytes, torchao).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import MergeError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape of a layer's weight, (out, in / groups, *kernel), and how the layer stores it."""
+
+    out: int
+    into: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+    weight: str = "weight"
+    bias: str = "bias"
+
+
+def layout(module: nn.Module) -> Layout | None:
+    """How this layer stores its weight, or None where it is no layer with one linear map."""
+    if isinstance(module, nn.Embedding):
+        return Layout(module.embedding_dim, module.num_embeddings, transposed=True)
+    if isinstance(module, CONVOLUTIONS):
+        return Layout(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is None:  # separate q, k, v weights of different widths
+            return None
+        return Layout(3 * module.embed_dim, module.embed_dim, weight="in_proj_weight", bias="in_proj_bias")
+    if is_gpt2_conv1d(module):
+        return Layout(module.nf, module.nx, transposed=True)  # type: ignore[arg-type]
+    # nn.Linear and the many quantized layers that look like it without deriving from it
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and not isinstance(module, nn.Bilinear):
+        return Layout(sizes[0], sizes[1])
+    return None
+
+
+def is_gpt2_conv1d(module: nn.Module) -> bool:
+    return any(base.__name__ == "Conv1D" for base in type(module).__mro__) and hasattr(module, "nf")
+
+
+def parameter(module: nn.Module) -> Tensor | None:
+    """The stored weight as it lies there, for its device and dtype only."""
+    shape = layout(module)
+    found = module._parameters.get(shape.weight) if shape else None
+    return found if found is not None else next(module.parameters(), None)
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The floating-point type the layer works in; float32 where a packed weight does not tell."""
+    stored = parameter(module)
+    return stored.dtype if stored is not None and stored.is_floating_point() else torch.float32
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which adapters are trained on a base of this one: never below float32."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def read(module: nn.Module) -> Tensor:
+    """The dense weight (out, in / groups, *kernel); a view of the stored one where that is dense.
+
+    Raises:
+        MergeError: a packed format that this library cannot read.
+    """
+    shape = layout(module)
+    assert shape is not None
+    weight = module._parameters.get(shape.weight)
+    if weight is None:
+        raise MergeError(f"The weight of {type(module).__name__} cannot be read: it is stored in an unknown format.")
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        dense = _read_4bit(weight)
+    elif kind == "Int8Params":
+        dense = _read_8bit(module, weight)
+    elif hasattr(weight, "dequantize") and not weight.is_floating_point() or kind.endswith("AffineQuantizedTensor"):
+        dense = weight.dequantize()
+    else:
+        dense = weight
+    return dense.T if shape.transposed else dense
+
+
+def write(module: nn.Module, weight: Tensor) -> None:
+    """Give the module a new weight (out, in / groups, *kernel) in the format of its present one.
+
+    The old parameter object is replaced, not written into, so that whoever kept it can put it back.
+    """
+    shape = layout(module)
+    assert shape is not None
+    old = module._parameters[shape.weight]
+    assert old is not None
+    if type(old).__name__ == "Params4bit":
+        new = _like_4bit(old, weight)
+    elif type(old).__name__ == "Int8Params":
+        new = _like_8bit(module, old, weight)
+    elif not old.is_floating_point() or type(old) not in (nn.Parameter, Tensor):
+        raise MergeError(f"A weight of type {type(old).__name__} cannot be written. Keep the adapter attached instead.")
+    else:
+        stored = weight.T if shape.transposed else weight
+        new = nn.Parameter(stored.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+    module._parameters[shape.weight] = new
+
+
+def is_quantized(module: nn.Module) -> bool:
+    shape = layout(module)
+    weight = module._parameters.get(shape.weight) if shape else None
+    return shape is not None and (weight is None or type(weight).__name__ in ("Params4bit", "Int8Params"))
+
+
+def linear(site: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """The site's own map with another weight (n, in, *kernel) in place of its own, and no bias.
+
+    For linear layers x (..., in) -> (..., n), for embeddings ids (...) -> (..., n), for convolutions
+    (B, in, ...) -> (B, n, ...) with the site's stride, padding and dilation. Grouping is not applied:
+    the n rows see all inputs.
+    """
+    if isinstance(site, nn.Embedding):
+        return F.embedding(x, weight.T) * getattr(site, "embed_scale", 1.0)  # Gemma scales what it looks up
+    if isinstance(site, CONVOLUTIONS):
+        return _convolve(site, x, weight)
+    return F.linear(x, weight)
+
+
+def _convolve(site: Any, x: Tensor, weight: Tensor) -> Tensor:
+    padding = site.padding
+    if site.padding_mode != "zeros":
+        x, padding = F.pad(x, site._reversed_padding_repeated_twice, mode=site.padding_mode), 0
+    convolve: Any = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[
+        next(kind for kind in CONVOLUTIONS if isinstance(site, kind))
+    ]
+    result: Tensor = convolve(x, weight, None, site.stride, padding, site.dilation)
+    return result
+
+
+def mix(site: nn.Module, h: Tensor, weight: Tensor) -> Tensor:
+    """A map of features at each position: h (..., n) -> (..., out), or (B, n, ...) -> (B, out, ...) on convolutions.
+
+    With a grouped convolution, weight is (out, n / groups): each group of outputs sees its share of the n.
+    """
+    if not isinstance(site, CONVOLUTIONS):
+        return F.linear(h, weight)
+    convolve: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[h.dim()]
+    result: Tensor = convolve(h, weight[(...,) + (None,) * (h.dim() - 2)], groups=site.groups)
+    return result
+
+
+# bitsandbytes is imported only where one of its parameters has been met, so it is there.
+
+
+def _read_4bit(weight: Any) -> Tensor:
+    import bitsandbytes.functional as bnb
+
+    data, state = weight.data, weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):  # some processors repack at the first forward pass
+        from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse as unpack
+
+        data, state = unpack(data, state)
+    dense: Tensor = bnb.dequantize_4bit(data, state)
+    return dense
+
+
+def _like_4bit(old: Any, weight: Tensor) -> nn.Parameter:
+    from bitsandbytes.nn import Params4bit
+
+    new = Params4bit(
+        weight.to(old.quant_state.dtype).contiguous(),
+        requires_grad=False,
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+    )
+    quantized: nn.Parameter = new.to(old.device)
+    return quantized
+
+
+def _read_8bit(module: Any, weight: Any) -> Tensor:
+    import bitsandbytes.functional as bnb
+
+    scale = module.state.SCB if module.state.SCB is not None else weight.SCB  # moves at the first forward pass
+    dense: Tensor = bnb.int8_vectorwise_dequant(weight.data, scale)
+    return dense
+
+
+def _like_8bit(module: Any, old: Any, weight: Tensor) -> nn.Parameter:
+    from bitsandbytes import MatmulLtState
+    from bitsandbytes.nn import Int8Params
+
+    state = MatmulLtState()
+    state.threshold, state.has_fp16_weights = module.state.threshold, module.state.has_fp16_weights
+    state.use_pool = module.state.use_pool
+    module.state = state
+    new = Int8Params(weight.to(torch.float16).contiguous().cpu(), requires_grad=False, has_fp16_weights=False)
+    quantized: nn.Parameter = new.to(old.device)
+    return quantized
