@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,13 @@ class Trunk:
 
     active: Active = field(default_factory=Active)
     configs: dict[str, PeftConfig] = field(default_factory=dict)
-    sites: dict[str, nn.Module] = field(default_factory=dict)  # by module name
+    sites: dict[str, AnySite] = field(default_factory=dict)  # by module name
     trainable: set[str] = field(default_factory=set)  # base parameters that were trainable before
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapters of one name, by module name."""
-        found = ((path, site.adapters) for path, site in self.sites.items())
-        return {path: adapters[name] for path, adapters in found if name in adapters}  # type: ignore[operator,index,misc]
+        there = {path: site.adapters for path, site in self.sites.items()}
+        return {path: cast(Adapter, adapters[name]) for path, adapters in there.items() if name in adapters}
 
 
 def trunk(model: nn.Module) -> Trunk:
@@ -82,8 +83,7 @@ def install(model: nn.Module, made: Plan) -> None:
         if stored is not None and not any(parameter.is_meta for parameter in adapter.parameters()):
             adapter.to(stored.device)
         adapter.requires_grad_(False).train(site.training)
-        sites.add(site, modules[path.rpartition(".")[0]], made.name, adapter, own.active)
-        own.sites[path] = site
+        own.sites[path] = sites.add(site, modules[path.rpartition(".")[0]], made.name, adapter, own.active)
     own.configs[made.name] = made.config
 
 
@@ -132,7 +132,7 @@ def delete(model: nn.Module, name: str) -> None:
         raise AdapterError(f"{name!r} is merged into the weights; call unmerge_adapter() first.")
     for path in own.adapters(name):
         sites.remove(own.sites[path], name)
-        if not isinstance(own.sites[path], AnySite):
+        if "adapters" not in own.sites[path]._modules:
             del own.sites[path]
     del own.configs[name]
     own.active.names = tuple(other for other in own.active.names if other != name)

@@ -50,10 +50,9 @@ def state(adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, 
 def base_value(key: str, model: nn.Module) -> Tensor | None:
     """The base's own tensor that a key names: HF PEFT saves frozen ones too (`save_embedding_layers`, bias="all")."""
     path, _, entry = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
-    modules = dict(model.named_modules())
-    if path not in modules:
+    site: nn.Module | None = dict(model.named_modules()).get(path)
+    if site is None:
         return None
-    site = modules[path]
     shape = weights.layout(site)
     if shape is not None and entry == shape.weight and weights.is_quantized(site):
         return None

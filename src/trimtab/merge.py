@@ -6,7 +6,7 @@ subtracting a delta drifts), ties between weights, and quantized storage.
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from . import sites, weights
 from .adapter import Adapter
 from .attach import Trunk, detach, trunk
 from .errors import AdapterError, MergeError, did_you_mean
+from .sites import AnySite
 
 PARTS = ("_parameters", "_buffers", "_modules", "state")  # `state` is where bitsandbytes keeps 8-bit scales
 
@@ -39,7 +40,7 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False) 
             raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if own.active.merged:
         raise AdapterError(f"{list(own.active.merged)} are merged already; call unmerge_adapter() first.")
-    folded = {path: site for path, site in own.sites.items() if any(name in site.adapters for name in chosen)}  # type: ignore[operator]
+    folded = {path: site for path, site in own.sites.items() if any(name in site.adapters for name in chosen)}
     try:
         for path, site in folded.items():
             try:
@@ -81,8 +82,8 @@ def merge_and_detach(model: nn.Module, names: list[str] | None = None, safe: boo
         _untie(model)
 
 
-def _fold(site: nn.Module, names: tuple[str, ...], safe: bool) -> None:
-    adapters: list[Adapter] = [site.adapters[name] for name in names if name in site.adapters]  # type: ignore[operator,index,misc]
+def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
+    adapters = [cast(Adapter, site.adapters[name]) for name in names if name in site.adapters]
     vars(site)["_kept"] = {part: _shallow(vars(site)[part]) for part in PARTS if part in vars(site)}
     replaced = [adapter for adapter in adapters if adapter.replacement is not None]
     others = [adapter for adapter in adapters if adapter.replacement is None]

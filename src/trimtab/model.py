@@ -234,7 +234,8 @@ class PeftModel(sites.Swapped, nn.Module):
 
     def print_trainable_parameters(self) -> None:
         trainable, total = attach.counts(self)
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def get_layer_status(self) -> list[LayerStatus]:
         """The state of every site: which adapters it has, which act, which train, where they lie."""
@@ -259,8 +260,7 @@ def _load(
     _become_peft_model(model)
 
 
-def _status(own: attach.Trunk, path: str, site: nn.Module) -> LayerStatus:
-    assert isinstance(site, sites.AnySite)
+def _status(own: attach.Trunk, path: str, site: sites.AnySite) -> LayerStatus:
     here = {name: list(adapter.parameters()) for name, adapter in site.adapters.items()}
     return LayerStatus(
         name=path,

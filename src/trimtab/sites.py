@@ -44,7 +44,7 @@ class Swapped:
 def lineage(cls: type) -> tuple[tuple[type[Swapped], ...], type[nn.Module]]:
     """The mixins swapped into a class, innermost first, and the class it was before."""
     mixins: tuple[type[Swapped], ...] = ()
-    while "_mixin" in vars(cls):
+    while issubclass(cls, Swapped) and "_mixin" in vars(cls):
         mixins, cls = (cls._mixin, *mixins), cls._original
     return mixins, cls
 
@@ -55,8 +55,17 @@ def _rebuild(mixins: tuple[type[Swapped], ...], cls: type, *arguments: Any) -> n
     return new
 
 
-@functools.cache
+_made: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _generated(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
+    """The class (mixin, original), made once: modules of one class stay of one class."""
+    if (mixin, original) not in _made:
+        _made[mixin, original] = _generate(mixin, original)
+    return _made[mixin, original]
+
+
+def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
     copied = ("__module__", "__qualname__", "__doc__")
     namespace: dict[str, Any] = {name: getattr(original, name) for name in copied}
     namespace |= {"_mixin": mixin, "_original": original}
@@ -68,7 +77,7 @@ def _generated(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Modul
             return mixed(self, *args, **kwargs)
 
         namespace |= {"forward": forward, "_first": list(inspect.signature(original.forward).parameters)[1]}
-    if hasattr(mixin, "properties"):
+    if issubclass(mixin, ReadSite):
         namespace |= mixin.properties(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
 
@@ -102,7 +111,7 @@ class Site(AnySite):
     _first: ClassVar[str]  # the name of forward's first parameter, for calls by keyword
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = super().forward  # type: ignore[misc]
+        call = super().forward
         stack = self.acting()
         if not stack:
             return call(*args, **kwargs)
@@ -117,10 +126,10 @@ class Site(AnySite):
         inputs = []
         for adapter in reversed(stack):
             inputs.append(x)
-            x = adapter.before(self, x)  # type: ignore[arg-type]
+            x = adapter.before(self, x)
         y = call(x, *args, **kwargs) if name is None else call(**{name: x}, **kwargs)
         for adapter in stack:
-            y = adapter.after(self, inputs.pop(), y)  # type: ignore[arg-type]
+            y = adapter.after(self, inputs.pop(), y)
         return y
 
 
@@ -134,10 +143,10 @@ class ReadSite(AnySite):
     @classmethod
     def properties(cls, original: type[nn.Module]) -> dict[str, Any]:
         attention = issubclass(original, nn.MultiheadAttention)
-        names = ("in_proj_weight", "in_proj_bias") if attention else ("weight", "bias")
+        weight, bias = ("in_proj_weight", "in_proj_bias") if attention else ("weight", "bias")
         return {
-            name: property(lambda self, name=name, fold=fold: fold(self, self._parameters[name], self.acting()))
-            for name, fold in zip(names, (fold_weight, fold_bias), strict=True)
+            weight: property(lambda site: fold_weight(site, site._parameters[weight], site.acting())),
+            bias: property(lambda site: fold_bias(site, site._parameters[bias], site.acting())),
         }
 
 
@@ -176,16 +185,14 @@ def is_read(module: nn.Module, parent: nn.Module | None) -> bool:
 def plain_copy(module: nn.Module) -> nn.Module:
     """A deep copy of the module as it would be without adapters."""
     copied = copy.deepcopy(module)
-    for _, site in list(sites(copied)):
-        for name in list(site.adapters):  # type: ignore[arg-type]
+    for site in list(sites(copied)):
+        for name in list(site.adapters):
             remove(site, name)
     return copied
 
 
-def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, AnySite):
-            yield name, module
+def sites(model: nn.Module) -> Iterator[AnySite]:
+    return (module for module in model.modules() if isinstance(module, AnySite))
 
 
 def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapter) -> None:
@@ -201,22 +208,22 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
         raise TargetError(f"{rule} and its dropout 0, not {adapter.dropout}; or leave it out with exclude_modules.")
 
 
-def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> None:
+def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":
     """Put an adapter at a module, making a site of it where it is none yet."""
     if not isinstance(module, AnySite):
         swap_in(module, ReadSite if is_read(module, parent) else Site)
+    assert isinstance(module, AnySite)
+    if "adapters" not in module._modules:
         module.adapters = nn.ModuleDict()
-        module._active = active  # type: ignore[assignment]
-    module.adapters[name] = adapter  # type: ignore[index,operator]
+        module._active = active
+    module.adapters[name] = adapter
+    return module
 
 
-def remove(module: nn.Module, name: str) -> None:
+def remove(module: AnySite, name: str) -> None:
     """Take an adapter from a site; with its last adapter the site is a plain module again."""
-    adapters = module.adapters
-    assert isinstance(adapters, nn.ModuleDict)
-    if name in adapters:
-        del adapters[name]
-    if not len(adapters):
+    del module.adapters[name]
+    if not len(module.adapters):
         for attribute in ("adapters", "_active"):
             delattr(module, attribute)
         for mixin in (Site, ReadSite):

@@ -37,7 +37,7 @@ def layout(module: nn.Module) -> Layout | None:
     if isinstance(module, CONVOLUTIONS):
         return Layout(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
     if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:  # separate q, k, v weights of different widths
+        if not module._qkv_same_embed_dim:  # separate q, k, v weights of different widths
             return None
         return Layout(3 * module.embed_dim, module.embed_dim, weight="in_proj_weight", bias="in_proj_bias")
     if is_gpt2_conv1d(module):
@@ -87,7 +87,7 @@ def read(module: nn.Module) -> Tensor:
         dense = _read_4bit(weight)
     elif kind == "Int8Params":
         dense = _read_8bit(module, weight)
-    elif hasattr(weight, "dequantize") and not weight.is_floating_point() or kind.endswith("AffineQuantizedTensor"):
+    elif type(weight).__module__.startswith("torchao"):
         dense = weight.dequantize()
     else:
         dense = weight
@@ -107,7 +107,7 @@ def write(module: nn.Module, weight: Tensor) -> None:
         new = _like_4bit(old, weight)
     elif type(old).__name__ == "Int8Params":
         new = _like_8bit(module, old, weight)
-    elif not old.is_floating_point() or type(old) not in (nn.Parameter, Tensor):
+    elif is_quantized(module):
         raise MergeError(f"A weight of type {type(old).__name__} cannot be written. Keep the adapter attached instead.")
     else:
         stored = weight.T if shape.transposed else weight
@@ -118,7 +118,9 @@ def write(module: nn.Module, weight: Tensor) -> None:
 def is_quantized(module: nn.Module) -> bool:
     shape = layout(module)
     weight = module._parameters.get(shape.weight) if shape else None
-    return shape is not None and (weight is None or type(weight).__name__ in ("Params4bit", "Int8Params"))
+    if shape is None or weight is None:
+        return shape is not None
+    return type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao")
 
 
 def linear(site: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
