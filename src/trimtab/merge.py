@@ -80,6 +80,7 @@ def merge_and_detach(model: nn.Module, names: list[str] | None = None, safe: boo
     detach(model)
     if untied:
         _untie(model)
+    _forget_gguf(model)
 
 
 def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
@@ -155,3 +156,13 @@ def _untie(model: nn.Module) -> None:
     for settings in (config, config.get_text_config(decoder=True)):
         settings.tie_word_embeddings = False
     vars(model)["all_tied_weights_keys"] = {}
+
+
+def _forget_gguf(model: nn.Module) -> None:
+    """A model read from a GGUF file holds plain floats, but calls itself quantized and so refuses to be saved."""
+    config = getattr(model, "config", None)
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+    if method == "gguf" and not any(weights.is_quantized(module) for module in model.modules()):
+        del config.quantization_config
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(name, None)

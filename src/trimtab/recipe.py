@@ -1,0 +1,192 @@
+"""The recipe of a training run: a YAML file, every key known and every value of the right type.
+
+    task: text-classification
+    model: path or hub id
+    data: {train: train.csv, validation: 0.1, test: test.csv, columns: {text: review, label: stars}, max_length: 256}
+    method: {name: lora, r: 8}
+    quantization: none
+    training: {epochs: 3, batch_size: 16, learning_rate: 5e-4, seed: 0}
+    output: runs/reviews
+
+Relative paths are relative to the recipe. The keys of `method` are those of the method's config class; those of
+`training` are `transformers.TrainingArguments`' own, and the short names in `SHORT`. A key without a value means its
+default. What is wrong is said with file and line: nothing in a recipe is ignored.
+"""
+
+import types
+import typing
+from collections.abc import Iterable
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+
+from .adapter import PeftConfig
+from .errors import ConfigError, RecipeError
+from .methods import METHODS
+from .recipe_file import Loc, RecipeFile
+from .tasks import TASKS, Data
+from .tasks.task import Quantization, RecipePath
+
+SHORT = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+}
+
+# TrainingArguments' fields that a run decides by itself, or that would act outside its folder.
+NOT_OFFERED = frozenset(
+    "accelerator_config batch_eval_metrics ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb "
+    "ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval do_predict do_train "
+    "enable_jit_checkpoint eval_do_concat_batches eval_on_start eval_use_gather_object fsdp fsdp_config "
+    "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip "
+    "include_for_metrics label_names local_rank log_level log_level_replica log_on_each_node logging_nan_inf_filter "
+    "output_dir parallelism_config prediction_loss_only project push_to_hub remove_unused_columns report_to "
+    "resume_from_checkpoint run_name save_on_each_node save_only_model skip_memory_metrics trackio_bucket_id "
+    "trackio_space_id trackio_static_space_id".split()
+)
+
+POSITIVE = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
+            "gradient_accumulation_steps")  # fmt: skip
+
+# Fields of the method's config that the run fills in itself.
+FILLED_IN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type")
+
+
+class Recipe(BaseModel):
+    """A validated recipe. `training` has TrainingArguments' own names; `method` has its name under "name"."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    model: str
+    data: Data
+    method: dict[str, Any] = {"name": "lora"}
+    quantization: Quantization = "none"
+    training: dict[str, Any] = {}
+    output: RecipePath
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _one_method(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("several methods at once (a list) are not offered yet; name one")
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def seed(self) -> int:
+        return int(self.training.get("seed", 0))
+
+    def config(self) -> PeftConfig:
+        """The method's config. Raises: ConfigError."""
+        settings = dict(self.method)
+        return METHODS[settings.pop("name")](**settings)
+
+    def write(self, path: Path) -> None:
+        """Save the recipe with every path absolute, so that it means the same anywhere on this machine."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a file, with `training.epochs=1` and the like put in place of what it says.
+
+    Raises:
+        RecipeError: a file that is no recipe, an unknown key at any depth, or a value of the wrong type.
+    """
+    file = RecipeFile(path)
+    for override in overrides:
+        file.set(override)
+    file.check_keys((), Recipe.model_fields)
+    file.check_keys(("data",), Data.model_fields)
+    file.check_keys(("training",), None)
+    file.check_keys(("data", "columns"), None)
+    try:
+        recipe = Recipe.model_validate(file.value(), context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        raise _first(file, error) from None
+    file.check_choice(("task",), recipe.task, TASKS)
+    file.check_keys(("data", "columns"), TASKS[recipe.task].columns)
+    _check_method(file, recipe)
+    recipe.training = _training(file, recipe.training)
+    if (path.absolute().parent / recipe.model).is_dir():
+        recipe.model = str((path.absolute().parent / recipe.model).resolve())
+    elif recipe.model.startswith((".", "/", "~")) and not Path(recipe.model).expanduser().is_dir():
+        raise file.error(("model",), f"there is no model folder {recipe.model}.")
+    return recipe
+
+
+def _first(file: RecipeFile, error: ValidationError, under: Loc = ()) -> RecipeError:
+    found = error.errors()[0]
+    at: Loc = (*under, *(part for part in found["loc"] if isinstance(part, int) or part.isidentifier()))
+    if found["type"] == "missing":
+        return file.error(at[:-1], f"{file.name(at[:-1])} has no key {at[-1]!r}, which must be there.")
+    message = "Input should be a path" if found["type"] == "path_type" else found["msg"].removeprefix("Value error, ")
+    return file.error(at, f"{file.name(at)}: {message}.")
+
+
+def _check_method(file: RecipeFile, recipe: Recipe) -> None:
+    if "name" not in recipe.method:
+        raise file.error(("method",), f"method has no key 'name'. There is: {', '.join(METHODS)}.")
+    file.check_choice(("method", "name"), recipe.method["name"], METHODS)
+    config = METHODS[recipe.method["name"]]
+    if len(recipe.method) > 1:
+        file.check_keys(("method",), ["name", *(key for key in config.model_fields if key not in FILLED_IN)])
+    for key, value in recipe.method.items():  # one by one, to know whose line to name
+        try:
+            config(**({} if key == "name" else {key: value}))
+        except ConfigError as error:
+            raise file.error(("method", key), str(error)) from None
+    try:
+        recipe.config()
+    except ConfigError as error:
+        raise file.error(("method",), str(error)) from None
+
+
+def _training(file: RecipeFile, given: dict[str, Any]) -> dict[str, Any]:
+    """The training settings, checked, by TrainingArguments' names."""
+    if not given:
+        return {}
+    for key in NOT_OFFERED & set(given):
+        raise file.error(("training", key), f"training.{key} cannot be set in a recipe: the run decides it.")
+    known = _training_model()
+    file.check_keys(("training",), [*SHORT, *known.model_fields])
+    for short, long in SHORT.items():
+        if short in given and long in given:
+            raise file.error(("training", long), f"training.{short} and training.{long} are the same; keep one.")
+    written = {SHORT.get(key, key): key for key in given}
+    try:
+        checked = known.model_validate({long: given[key] for long, key in written.items()})
+    except ValidationError as error:
+        found = error.errors()[0]
+        at = ("training", written[str(found["loc"][0])])
+        raise file.error(at, f"{file.name(at)}: {found['msg']}.") from None
+    if not 0 <= (ratio := given.get("warmup_ratio", 0)) < 1:
+        raise file.error(("training", "warmup_ratio"), f"training.warmup_ratio={ratio} is no share of the steps (0 to 1).")
+    return checked.model_dump(exclude_unset=True)
+
+
+@cache
+def _training_model() -> type[BaseModel]:
+    """TrainingArguments' fields as a pydantic model; takes seconds, for transformers is imported."""
+    from transformers.training_args import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    names = [name for name in TrainingArguments.__dataclass_fields__ if name not in NOT_OFFERED]
+    fields: dict[str, Any] = {
+        name: (_accepted(hints[name]), Field(None, gt=0) if name in POSITIVE else None) for name in names
+    }
+    return create_model("Training", __config__=ConfigDict(extra="forbid", strict=True), **fields)
+
+
+def _accepted(hint: Any) -> Any:
+    """The hint with each enum as its values; beside one, `str` means those values and nothing else."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    enums = [part for part in parts if isinstance(part, type) and issubclass(part, Enum)]
+    if not enums:
+        return hint
+    values = [member.value for enum in enums for member in enum]
+    return Literal[tuple(values)]  # type: ignore[valid-type]

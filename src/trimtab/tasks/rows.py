@@ -1,0 +1,53 @@
+"""Read a data file, csv, tsv, json, jsonl or parquet, each also gzipped, through `datasets`."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, did_you_mean
+
+# `na_filter`: the words "None", "NA" and "null" in a cell are text, not gaps.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {"na_filter": False}),
+    ".tsv": ("csv", {"na_filter": False, "sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+
+
+def read(path: Path) -> Any:
+    """The rows of a file as a `datasets.Dataset` in memory; nothing is left in a cache.
+
+    Raises:
+        DataError: no such file, an unknown format, rows that cannot be read, or none.
+    """
+    if not path.is_file():
+        what = "is a folder; give a file" if path.is_dir() else "does not exist"
+        beside = [other.name for other in path.parent.glob("*") if other.is_file()]
+        raise DataError(f"{path} {what}.{did_you_mean(path.name, beside)}")
+    suffix = next((end for end in reversed(path.suffixes) if end != ".gz"), "")
+    if suffix.lower() not in FORMATS:
+        raise DataError(f"{path} is of no known format; known are {', '.join(FORMATS)}, each also with .gz.")
+    import datasets
+
+    kind, settings = FORMATS[suffix.lower()]
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = datasets.load_dataset(
+                kind, data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True, **settings
+            )
+    except Exception as error:  # each reader raises its own kinds
+        raise DataError(f"{path} cannot be read: {_reason(error)}") from None
+    if not len(rows):
+        raise DataError(f"{path} holds no rows.")
+    return rows
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:  # datasets says only that generation failed
+        error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 (byte {error.start}). Convert it: iconv -f LATIN1 -t UTF-8."
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,103 @@
+"""The contract: what a task knows about its data and its model (`Task`), and where the data are (`Data`)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationInfo
+
+from ..adapter import TaskType
+from ..errors import ConfigError, did_you_mean
+
+Quantization = Literal["none", "int8", "nf4"]
+Say = Callable[[str], object]  # tells the user one line
+
+
+def _from_recipe(path: Path, info: ValidationInfo) -> Path:
+    return ((info.context or {}).get("folder", Path.cwd()) / path.expanduser()).absolute()
+
+
+RecipePath = Annotated[Path, AfterValidator(_from_recipe)]  # absolute, or relative to the recipe's folder
+
+
+class Data(BaseModel):
+    """The files with the rows, and how to read them.
+
+    validation: a file, or the fraction of the training rows that is set aside. columns: the task's name of a column
+    -> its name in the files; guessed where not given. max_length: tokens; longer rows are cut.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: RecipePath
+    validation: Annotated[StrictFloat, Field(gt=0, lt=1)] | RecipePath = 0.1
+    test: RecipePath | None = None
+    columns: dict[str, str] = {}
+    max_length: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
+class Task(ABC):
+    """One kind of problem: its columns, features, model class, metrics."""
+
+    columns: ClassVar[tuple[str, ...]]  # the names that `data.columns` may map
+    task_type: ClassVar[TaskType]
+    metric: ClassVar[str]  # chooses the best checkpoint; higher is better
+
+    @classmethod
+    @abstractmethod
+    def from_data(cls, data: Data, model: str, seed: int, say: Say) -> tuple[Self, dict[str, Any]]:
+        """The task as these files define it, and its tokenized rows: a `datasets.Dataset` each for "train",
+        "validation" and, where given, "test".
+
+        Raises:
+            DataError: files that cannot be read, or hold nothing to learn from.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The task of a finished run, as `save` left it."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what prediction needs beside the adapter: tokenizer, labels."""
+
+    @abstractmethod
+    def load_model(self, model: str, quantization: Quantization) -> tuple[Any, list[str]]:
+        """The pretrained model for this task, and the names of its modules that are new and must be trained.
+
+        Raises:
+            ConfigError: no such model, or one that does not fit the task.
+        """
+
+    @abstractmethod
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of tokenized rows as the model's keyword arguments."""
+
+    @abstractmethod
+    def metrics(self, evaluation: Any) -> dict[str, float]:
+        """Scores of a `transformers.EvalPrediction`."""
+
+    @abstractmethod
+    def baseline(self, train: Any, rows: Any) -> dict[str, float]:
+        """The same scores for the best guess that ignores the input."""
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Turn what transformers raises about a model that is not there, or is none, into one line."""
+    try:
+        yield
+    except ImportError as error:
+        if "bitsandbytes" in str(error):
+            raise ConfigError("Quantization needs bitsandbytes: pip install 'trimtab[quant]'.") from None
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        folder = Path(model).expanduser()
+        if folder.is_absolute() and not folder.is_dir():
+            beside = [path.name for path in folder.parent.glob("*") if path.is_dir()]
+            raise ConfigError(f"There is no model folder {model}.{did_you_mean(folder.name, beside)}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"The model {model} cannot be loaded: {reason}") from None
