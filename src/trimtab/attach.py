@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import sites, weights
+from . import sites
 from .adapter import Adapter, PeftConfig
 from .errors import AdapterError, did_you_mean
 from .sites import Active, AnySite
@@ -79,9 +79,6 @@ def install(model: nn.Module, made: Plan) -> None:
     modules = dict(model.named_modules())
     for path, adapter in made.adapters.items():
         site = modules[path]
-        stored = weights.parameter(site)
-        if stored is not None and not any(parameter.is_meta for parameter in adapter.parameters()):
-            adapter.to(stored.device)
         adapter.requires_grad_(False).train(site.training)
         own.sites[path] = sites.add(site, modules[path.rpartition(".")[0]], made.name, adapter, own.active)
     own.configs[made.name] = made.config

@@ -92,7 +92,8 @@ def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path) -> None
         own = {entry: key for key, (at, entry) in keys.items() if at == path}
         state = adapter.state_dict()
         stored = weights.parameter(modules[path])
-        device = stored.device if stored is not None else torch.device("cpu")
+        # A base on the meta device has no data yet; the adapter has, and keeps it on the CPU until it is moved.
+        device = torch.device("cpu") if stored is None or stored.is_meta else stored.device
         for entry, key in own.items():
             state[entry] = tensors[key].to(device, state[entry].dtype)
         adapter.load_state_dict(state, assign=any(value.is_meta for value in adapter.state_dict().values()))

@@ -93,6 +93,11 @@ class PeftModel(sites.Swapped, nn.Module):
     _hf_peft_config_loaded = True  # transformers.Trainer asks this before it trains on a quantized base
 
     @classmethod
+    def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """`type(model).from_pretrained` stays the original's, which loads base models."""
+        return {"from_pretrained": original.from_pretrained} if hasattr(original, "from_pretrained") else {}
+
+    @classmethod
     def from_pretrained(
         cls,
         model: Model,

@@ -80,9 +80,9 @@ class Recipe(BaseModel):
     def seed(self) -> int:
         return int(self.training.get("seed", 0))
 
-    def config(self) -> PeftConfig:
-        """The method's config. Raises: ConfigError."""
-        settings = dict(self.method)
+    def config(self, **more: Any) -> PeftConfig:
+        """The method's config, with settings that the recipe does not have. Raises: ConfigError."""
+        settings = {**self.method, **more}
         return METHODS[settings.pop("name")](**settings)
 
     def write(self, path: Path) -> None:

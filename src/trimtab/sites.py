@@ -33,6 +33,11 @@ class Swapped:
     _original: ClassVar[type[nn.Module]]  # the class to go back to
     _mixin: ClassVar[type["Swapped"]]
 
+    @classmethod
+    def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """What else the generated class holds."""
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Generated classes cannot be found by name: pickle the way to make them again."""
         reduced = super().__reduce_ex__(max(int(protocol), 2))
@@ -77,8 +82,7 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
             return mixed(self, *args, **kwargs)
 
         namespace |= {"forward": forward, "_first": list(inspect.signature(original.forward).parameters)[1]}
-    if issubclass(mixin, ReadSite):
-        namespace |= mixin.properties(original)
+    namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
 
 
@@ -141,7 +145,7 @@ class ReadSite(AnySite):
     """
 
     @classmethod
-    def properties(cls, original: type[nn.Module]) -> dict[str, Any]:
+    def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
         attention = issubclass(original, nn.MultiheadAttention)
         weight, bias = ("in_proj_weight", "in_proj_bias") if attention else ("weight", "bias")
         return {

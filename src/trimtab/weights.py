@@ -60,6 +60,13 @@ def parameter(module: nn.Module) -> Tensor | None:
     return found if found is not None else next(module.parameters(), None)
 
 
+def birth_device(module: nn.Module) -> torch.device:
+    """Where a new adapter of this layer is made: beside its weight, or nowhere yet inside `torch.device("meta")`."""
+    stored = parameter(module)
+    default = torch.get_default_device()
+    return default if stored is None or default.type == "meta" else stored.device
+
+
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The floating-point type the layer works in; float32 where a packed weight does not tell."""
     stored = parameter(module)

@@ -29,9 +29,9 @@ class LoraAdapter(Adapter):
         assert shape is not None
         self.scale, self.dropout = scale, dropout
         self.embeds = isinstance(site, nn.Embedding)
-        dtype = weights.master_dtype(weights.compute_dtype(site))
-        self.A = nn.Parameter(torch.empty(r, shape.into, *shape.kernel, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(shape.out, r // shape.groups, dtype=dtype))
+        kind = {"dtype": weights.master_dtype(weights.compute_dtype(site)), "device": weights.birth_device(site)}
+        self.A = nn.Parameter(torch.empty(r, shape.into, *shape.kernel, **kind))
+        self.B = nn.Parameter(torch.empty(shape.out, r // shape.groups, **kind))
         self.bias: TrainedBias | None = None
         self._initialise(init)
 

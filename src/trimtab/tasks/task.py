@@ -1,7 +1,7 @@
 """The contract: what a task knows about its data and its model (`Task`), and where the data are (`Data`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -83,6 +83,14 @@ class Task(ABC):
     @abstractmethod
     def baseline(self, train: Any, rows: Any) -> dict[str, float]:
         """The same scores for the best guess that ignores the input."""
+
+    @abstractmethod
+    def inputs(self, path: Path) -> list[Any]:
+        """What a file asks to be predicted. Raises: DataError."""
+
+    @abstractmethod
+    def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, float]]:
+        """For each input the answers and their probabilities, the likeliest first."""
 
 
 @contextmanager

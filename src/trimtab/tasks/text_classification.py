@@ -117,8 +117,8 @@ class TextClassification(Task):
         [(commonest, _)] = Counter(train["labels"]).most_common(1)
         return _scores(rows["labels"], [commonest] * len(rows))
 
-    def texts(self, path: Path) -> list[Any]:
-        """The texts (or pairs) to predict in a file: one a line in a .txt, else from the columns trained on."""
+    def inputs(self, path: Path) -> list[Any]:
+        """The texts (or pairs) of a file: one a line in a .txt, else from the columns trained on."""
         if path.suffix == ".txt" and path.is_file():
             found: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         else:
@@ -131,15 +131,15 @@ class TextClassification(Task):
             raise DataError(f"{path} holds no text.")
         return found
 
-    def predict(self, model: Any, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, float]]:
-        """For each text (or pair) the probability of each class, the likeliest first."""
+    def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, float]]:
+        """For each text, or pair of them, the probability of each class, the likeliest first."""
         import torch
 
         found: list[dict[str, float]] = []
         with torch.inference_mode():
-            for start in range(0, len(texts), 32):
+            for start in range(0, len(inputs), 32):
                 batch = self.tokenizer(
-                    list(texts[start : start + 32]),
+                    list(inputs[start : start + 32]),
                     truncation=True,
                     max_length=self.max_length,
                     padding=True,

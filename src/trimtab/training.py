@@ -1,0 +1,234 @@
+"""Train: a `transformers.Trainer` that knows adapter checkpoints, and the way from a recipe to a checked folder."""
+
+import gc
+import json
+import math
+import resource
+import shutil
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from . import checkpoint, files, run
+from .errors import CheckpointError, ConfigError, TrimtabError, did_you_mean
+from .kbit import prepare_model_for_kbit_training
+from .model import PeftModel, get_peft_model
+from .recipe import Recipe
+from .run import METRICS, RECIPE
+from .targets import PartialTargetWarning
+from .tasks import TASKS, Task
+from .tasks.task import Say
+
+CHECKPOINTS = "checkpoints"
+SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
+TOLERANCE = 1e-4  # on logits; on one device they are equal, on another not to the last bit
+
+
+class TrainingError(TrimtabError):
+    """A run that cannot come to anything: a loss that is no number, or weights that never change."""
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer; a model with adapters resumes, and gets its best checkpoint, from the adapter files.
+
+    The plain one trains and saves such a model too, but reads checkpoints of full models and of HF PEFT only.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        if isinstance(target, PeftModel):
+            _read(target, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        target = self.accelerator.unwrap_model(self.model)
+        if isinstance(target, PeftModel):
+            _read(target, Path(self.state.best_model_checkpoint or ""))
+        else:
+            super()._load_best_model()
+
+
+def _read(model: PeftModel, folder: Path) -> None:
+    """Read the weights of all adapters, from where `save_pretrained` puts them."""
+    for name in model.peft_config:
+        own = folder / name
+        checkpoint.load_weights(model, own if files.current(own, files.WEIGHTS).is_file() else folder, name)
+
+
+class _Guard(transformers.TrainerCallback):
+    """Stops at the first loss or gradient that is no number; every step is logged for that."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        for what in ("loss", "grad_norm"):
+            if not math.isfinite(value := float((logs or {}).get(what, 0))):
+                raise TrainingError(
+                    f"The {what} is {value} at step {state.global_step}: training cannot go on. Try a lower "
+                    f"training.learning_rate (it is {args.learning_rate:g}), more training.warmup_ratio, and no fp16."
+                )
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run lies, and what is in its metrics.json."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.TrainerCallback] = ()) -> Result:
+    """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
+
+    Args:
+        say: gets a line for each thing worth knowing: columns guessed, rows dropped.
+        callbacks: for the Trainer, for example a progress bar.
+    Raises:
+        DataError, ConfigError, TargetError: before training starts. TrainingError: a loss that is no number, or
+        weights that do not change. CheckpointError: the saved adapter does not predict what the trained one does.
+    """
+    started = time.perf_counter()
+    arguments = _arguments(recipe)
+    transformers.set_seed(recipe.seed)
+    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
+    model = _adapted(recipe, task)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        data_collator=task.collate,
+        compute_metrics=task.metrics,
+        callbacks=[_Guard(), *callbacks],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    held_out = {split: rows[split] for split in ("validation", "test") if split in rows}
+    before = {split: _scores(trainer, found) for split, found in held_out.items()}
+    _check_metric(arguments, before["validation"])
+    start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    trainer.train()
+    if all(torch.equal(value, start[name]) for name, value in model.named_parameters() if name in start):
+        raise TrainingError("Training changed no weight of the adapter. Is the learning rate far too small?")
+    after = {split: _scores(trainer, found) for split, found in held_out.items()}
+    trainable, total = model.get_nb_trainable_parameters()
+    metrics = {
+        **after,
+        "untrained": before,
+        "majority": {split: task.baseline(rows["train"], found) for split, found in held_out.items()},
+        "rows": {split: len(found) for split, found in rows.items()},
+        "steps": trainer.state.global_step,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+    }
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    _save(recipe, task, model)
+    expected, device = _logits(model, task, held_out["validation"]), model.device
+    del model, trainer
+    gc.collect()
+    _check_saved(recipe.output, held_out["validation"], expected, device)
+    metrics["adapter_bytes"] = (recipe.output / files.WEIGHTS).stat().st_size
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    metrics["peak_memory_bytes"] = _peak_memory()
+    (recipe.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
+    return Result(recipe.output, metrics)
+
+
+def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
+    """The recipe's settings over defaults for small data: evaluate each epoch, keep the best checkpoint.
+
+    The learning rate is five to ten times that of full fine-tuning, as in the LoRA paper (appendix D).
+    """
+    evaluated = recipe.training.get("eval_strategy", "epoch")
+    settings: dict[str, Any] = {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "eval_strategy": evaluated,
+        "save_strategy": evaluated,
+        "save_steps": recipe.training.get("eval_steps") or 500,
+        "save_total_limit": 1,
+        "load_best_model_at_end": evaluated != "no",
+        "metric_for_best_model": TASKS[recipe.task].metric,
+        "logging_steps": 1,
+        "seed": 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **recipe.training,
+        "output_dir": str(recipe.output / CHECKPOINTS),
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    try:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)  # of a run that did not finish
+        return transformers.TrainingArguments(**settings)
+    except OSError as error:
+        raise ConfigError(f"The output folder {recipe.output} cannot be made: {error.strerror}.") from None
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from None
+
+
+def _adapted(recipe: Recipe, task: Task) -> Any:
+    model, fresh = task.load_model(recipe.model, recipe.quantization)
+    if recipe.quantization != "none":
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    saved = list(dict.fromkeys([*recipe.method.get("modules_to_save", ()), *fresh]))
+    config = recipe.config(task_type=task.task_type, modules_to_save=saved or None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PartialTargetWarning)
+        try:
+            return get_peft_model(model, config)
+        except PartialTargetWarning as warning:
+            raise ConfigError(f"{warning} The command `trimtab targets {recipe.model}` lists what there is.") from None
+
+
+def _scores(trainer: Trainer, rows: Any) -> dict[str, float]:
+    measured = trainer.predict(rows, metric_key_prefix="").metrics or {}
+    named = {name.removeprefix("_"): value for name, value in measured.items()}
+    return {name: value for name, value in named.items() if not name.endswith(("runtime", "per_second", "time"))}
+
+
+def _check_metric(arguments: transformers.TrainingArguments, scores: dict[str, float]) -> None:
+    wanted = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if wanted not in scores:
+        raise ConfigError(f"training.metric_for_best_model: there is no {wanted!r}.{did_you_mean(wanted, scores)}")
+
+
+def _save(recipe: Recipe, task: Task, model: Any) -> None:
+    task.save(recipe.output)
+    recipe.write(recipe.output / RECIPE)
+    model.save_pretrained(recipe.output)
+
+
+def _logits(model: Any, task: Task, rows: Any) -> Tensor:
+    batch = task.collate([rows[i] for i in range(min(SAMPLE, len(rows)))])
+    with torch.inference_mode():
+        found: Tensor = model.eval()(**{name: value.to(model.device) for name, value in batch.items()}).logits
+    return found.float().cpu()
+
+
+def _check_saved(folder: Path, rows: Any, expected: Tensor, device: torch.device) -> None:
+    loaded = run.load(folder)
+    if loaded.recipe.quantization == "none":  # quantized models are where they are to be already
+        loaded.model.to(device)
+    off = (_logits(loaded.model, loaded.task, rows) - expected).abs().max().item()
+    if not off <= TOLERANCE:
+        raise CheckpointError(f"The adapter saved in {folder} does not predict what was trained: logits differ by {off:g}.")
+
+
+def _peak_memory() -> int:
+    """Bytes: of the graphics card where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
