@@ -160,7 +160,7 @@ def _untie(model: nn.Module) -> None:
 
 def _forget_gguf(model: nn.Module) -> None:
     """A model read from a GGUF file holds plain floats, but calls itself quantized and so refuses to be saved."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
     if method == "gguf" and not any(weights.is_quantized(module) for module in model.modules()):
         del config.quantization_config

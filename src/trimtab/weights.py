@@ -60,11 +60,15 @@ def parameter(module: nn.Module) -> Tensor | None:
     return found if found is not None else next(module.parameters(), None)
 
 
-def birth_device(module: nn.Module) -> torch.device:
-    """Where a new adapter of this layer is made: beside its weight, or nowhere yet inside `torch.device("meta")`."""
+def new_parameter(module: nn.Module, *shape: int) -> nn.Parameter:
+    """An uninitialised parameter for an adapter of this layer: in training precision, beside the layer's weight.
+
+    Inside `torch.device("meta")` it lies there: that is how a plan is made that will be filled from a file.
+    """
     stored = parameter(module)
     default = torch.get_default_device()
-    return default if stored is None or default.type == "meta" else stored.device
+    device = default if stored is None or default.type == "meta" else stored.device
+    return nn.Parameter(torch.empty(shape, dtype=master_dtype(compute_dtype(module)), device=device))
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:

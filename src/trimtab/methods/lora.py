@@ -9,7 +9,6 @@ V rows is the linear map of one-hot vectors, so A is (r, V).
 import math
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,9 +28,8 @@ class LoraAdapter(Adapter):
         assert shape is not None
         self.scale, self.dropout = scale, dropout
         self.embeds = isinstance(site, nn.Embedding)
-        kind = {"dtype": weights.master_dtype(weights.compute_dtype(site)), "device": weights.birth_device(site)}
-        self.A = nn.Parameter(torch.empty(r, shape.into, *shape.kernel, **kind))
-        self.B = nn.Parameter(torch.empty(shape.out, r // shape.groups, **kind))
+        self.A = weights.new_parameter(site, r, shape.into, *shape.kernel)
+        self.B = weights.new_parameter(site, shape.out, r // shape.groups)
         self.bias: TrainedBias | None = None
         self._initialise(init)
 
