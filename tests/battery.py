@@ -56,7 +56,7 @@ ALL_SMALL_CONFIGS = [
     ),
     lora("lora-patterns", models.llama, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3},
          alpha_pattern={"layers.0.self_attn.q_proj": 1},
-         skips={"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}),
+         skips={"finite_differences": "Llama's norm computes in float32, whatever its input: too coarse"}),
     lora("lora-gpt2", models.gpt2, target_modules=["c_attn", "c_proj", "c_fc"], bias="all"),
     lora("lora-bert", models.bert, target_modules="all-linear", task_type="SEQ_CLS",
          skips={"nest": "two trained copies of one head cannot act together; they are refused"}),
@@ -65,7 +65,7 @@ ALL_SMALL_CONFIGS = [
     lora("lora-convolutions", models.convolutions, target_modules=["volume", "plane", "line", "same"]),
     lora("lora-groups", lambda: models.convolutions(groups=2), target_modules=["plane", "line"],
          skips={"merge": "A sees all channels, a grouped convolution its own share, so no such weight exists"}),
-    lora("lora-encoder", models.encoder, target_modules="all-linear", bias="lora_only"),
+    lora("lora-encoder", models.encoder, target_modules="all-linear", bias="all"),
     lora("lora-attention", models.encoder, target_modules=["self_attn", "out_proj"]),
 ]  # fmt: skip
 

@@ -75,7 +75,7 @@ def test_embedding() -> None:
 
 def test_padding_is_not_trained() -> None:
     """An embedding's padding row gets no gradient, and so does the adapter's part of it."""
-    model, A, _ = adapted(nn.Embedding(11, 6, padding_idx=2))
+    model, _, _ = adapted(nn.Embedding(11, 6, padding_idx=2))
     model(torch.tensor([[2, 3]])).sum().backward()
     moved = model.layer.adapters["default"].A.grad.any(0)
     assert moved.nonzero().flatten().tolist() == [3]
@@ -523,8 +523,9 @@ def test_merge_and_unload_of_a_quantized_model(build: Any) -> None:
     with pytest.warns(QuantizedMergeWarning):
         model.merge_adapter()
     merged = run(model, inputs)
-    with pytest.warns(QuantizedMergeWarning):
+    with pytest.warns(QuantizedMergeWarning) as seen:
         plain = model.merge_and_unload()
+    assert [warning.filename for warning in seen] == [__file__]
     assert type(plain.first) is kind
     assert set(plain.state_dict()) == keys
     close(run(plain, inputs), merged)
