@@ -225,6 +225,8 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
         raise TargetError(f"{name} is a {type(module).__name__}, which is never called. Name the modules inside it.")
     if "forward" in vars(module) and not any(_is_own(module, name) for name in FORWARDS):
         raise TargetError(f"{name} has a forward of its own instead of its class's: patch it after attaching adapters.")
+    if weights.is_sharded(module):
+        raise TargetError(f"{name} is sharded, and the new adapter would not be. Attach adapters before sharding.")
     meta = torch.get_default_device().type != "meta" and any(value.is_meta for value in adapter.parameters())
     if (meta or adapter.replacement is not None) and any(weights.is_offloaded(part) for part in module.modules()):
         raise TargetError(f"{name} is offloaded, so there are no values to train a copy of. Load the model whole.")

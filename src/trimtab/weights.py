@@ -89,6 +89,11 @@ def is_offloaded(module: nn.Module) -> bool:
     return stored is not None and stored.is_meta and hasattr(module, "_hf_hook")
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a part of some weight (FSDP2's `fully_shard`, tensor parallelism)."""
+    return any(hasattr(stored, "full_tensor") for stored in module.parameters())
+
+
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The floating-point type the layer works in; float32 where a packed weight does not tell."""
     stored = parameter(module)
@@ -110,6 +115,8 @@ def read(module: nn.Module) -> Tensor:
     weight = module._parameters.get(shape.weight if shape else "weight")
     if weight is None:
         raise MergeError(f"The weight of {type(module).__name__} cannot be read: it is stored in an unknown format.")
+    if is_sharded(module):
+        raise MergeError(f"The weight of {type(module).__name__} is sharded. Save the adapter and merge it unsharded.")
     if is_offloaded(module):
         raise MergeError(f"The weight of {type(module).__name__} is offloaded. Load the model whole to merge into it.")
     kind = type(weight).__name__
