@@ -24,6 +24,9 @@ from .errors import (
 )
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .merge import QuantizedMergeWarning
+from .methods.bitfit import BitFitConfig
+from .methods.ia3 import IA3Config
+from .methods.ln_tuning import LNTuningConfig
 from .methods.lora import LoraConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
@@ -43,9 +46,12 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BitFitConfig",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "IA3Config",
+    "LNTuningConfig",
     "LoraConfig",
     "MergeError",
     "PartialTargetWarning",

@@ -88,9 +88,11 @@ class TrainedCopy(Adapter):
 
     replacement: nn.Module
 
-    def __init__(self, replacement: nn.Module) -> None:
+    def __init__(self, replacement: nn.Module, hf_path: str = "") -> None:
+        """hf_path: where in an adapted module HF PEFT keeps the copy."""
         super().__init__()
         self.replacement = replacement
+        self.hf_path = hf_path
         for parameter in replacement.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(weights.master_dtype(parameter.dtype))
@@ -102,13 +104,13 @@ class TrainedCopy(Adapter):
         return _cast(y, weights.compute_dtype(site))
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
-        return weights.read(self.replacement)
+        return weights.read(self.replacement) if weights.layout(site) else self.replacement.weight  # type: ignore[return-value]
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else self.replacement.bias  # type: ignore[return-value]
 
     def hf_key(self, name: str) -> str:
-        return name.removeprefix("replacement.")
+        return self.hf_path + name.removeprefix("replacement.")
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -126,6 +128,7 @@ class PeftConfig(BaseModel, ABC):
     peft_type: ClassVar[str]
     hf_prefix: ClassVar[str] = ""  # with which HF PEFT's names of this method's weights begin
     hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's keywords not offered here -> the value that switches them off
+    not_in_hf: ClassVar[frozenset[str]] = frozenset()  # keywords HF PEFT lacks: left out of the file while None
 
     task_type: TaskType | None = None
     base_model_name_or_path: str | None = None
@@ -162,7 +165,9 @@ class PeftConfig(BaseModel, ABC):
         """
 
     def to_dict(self) -> dict[str, Any]:
-        return {"peft_type": self.peft_type, **self.model_dump(mode="json")}
+        settings = self.model_dump(mode="json")
+        kept = {key: value for key, value in settings.items() if value is not None or key not in self.not_in_hf}
+        return {"peft_type": self.peft_type, **kept}
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

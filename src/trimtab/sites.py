@@ -159,15 +159,21 @@ def fold_weight(site: nn.Module, stored: Tensor | None, adapters: list[Adapter])
     if not adapters:
         return stored
     shape = weights.layout(site)
-    assert shape is not None
+    if shape is None:  # a norm
+        assert stored is not None
+        folded = stored
+        for adapter in adapters:
+            folded = adapter.merged(site, folded)
+        return folded.to(stored.dtype)
     folded = folded_weight(site, adapters)
     return folded.T if shape.transposed else folded
 
 
 def fold_bias(site: nn.Module, stored: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
+    folded = stored
     for adapter in adapters:
-        stored = adapter.merged_bias(site, stored)
-    return stored
+        folded = adapter.merged_bias(site, folded)
+    return folded if stored is None or folded is None else folded.to(stored.dtype)
 
 
 def folded_weight(site: nn.Module, adapters: list[Adapter]) -> Tensor:
@@ -183,7 +189,8 @@ def is_read(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether somebody else reads this module's weights instead of calling it."""
     if isinstance(module, nn.MultiheadAttention):
         return True
-    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer) and isinstance(module, nn.Linear)
+    parts = nn.Linear | nn.LayerNorm
+    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer) and isinstance(module, parts)
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

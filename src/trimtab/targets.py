@@ -71,6 +71,13 @@ def matches(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
+def means(entries: list[str] | str, name: str) -> bool:
+    """Whether a setting means this module: as a list of names, or as a regular expression for the full name."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(matches(entry, name) for entry in entries)
+
+
 class TargetConfig(PeftConfig):
     """Settings of the methods that live at sites chosen by name.
 
@@ -104,9 +111,9 @@ class TargetConfig(PeftConfig):
             raise ConfigError("target_modules is a regular expression: write the layers into it, not beside it.")
         update: dict[str, Any] = {"modules_to_save": self._to_save(model)}
         if self.target_modules is None:
-            update["target_modules"] = list(_default(model))
+            update["target_modules"] = self.default_targets(model)
         elif self.target_modules == ALL_LINEAR:
-            update["target_modules"] = _compact(self._all_linear(model, update["modules_to_save"] or []), model)
+            update["target_modules"] = compact(self._all_linear(model, update["modules_to_save"] or []), model)
         return self.model_copy(update=update)
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -134,6 +141,10 @@ class TargetConfig(PeftConfig):
                     f"Name its layers instead.{did_you_mean(name, (n for n, m in modules.items() if self.fits(m)))}"
                 )
         return {name: modules[name] for name in found}
+
+    def default_targets(self, model: nn.Module) -> list[str]:
+        """What target_modules=None means; unless a method says otherwise, attention's query and value."""
+        return list(_default(model))
 
     def fits(self, module: nn.Module) -> bool:
         """Whether this method can adapt such a module; by default every layer with one weight."""
@@ -213,12 +224,12 @@ def _select(wanted: list[str] | str, modules: dict[str, nn.Module], setting: str
     """The names a setting means, in the model's order."""
     if isinstance(wanted, str):
         try:
-            found = [name for name in modules if re.fullmatch(wanted, name)]
+            found = [name for name in modules if means(wanted, name)]
         except re.error as error:
             raise ConfigError(f"{setting}={wanted!r} is no regular expression: {error}.") from None
         unmatched = [] if found else [wanted]
     else:
-        found = [name for name in modules if any(matches(entry, name) for entry in wanted)]
+        found = [name for name in modules if means(wanted, name)]
         unmatched = [entry for entry in wanted if not any(matches(entry, name) for name in found)]
     if not found:
         hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, modules)))
@@ -248,8 +259,8 @@ def _default(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _compact(names: list[str], model: nn.Module) -> list[str]:
+def compact(names: list[str], model: nn.Module) -> list[str]:
     """The last parts of the names where they say the same, else the names."""
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = [name for name, _ in base_modules(model) if any(matches(end, name) for end in ends)]
+    meant = [name for name, _ in base_modules(model) if means(ends, name)]
     return ends if meant == names and not any(end.isdigit() for end in ends) else names
