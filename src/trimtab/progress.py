@@ -11,7 +11,8 @@ class ProgressBar(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True)
+        note = TextColumn("{task.fields[note]}")
+        self.bar = Progress(*columns, note, console=console, transient=True, disable=not console.is_terminal)
         self.steps = self.bar.add_task("Training", visible=False, note="")
         self.batches = self.bar.add_task("Evaluating", visible=False, note="")
 
@@ -26,16 +27,17 @@ class ProgressBar(TrainerCallback):
         if logs and "loss" in logs:
             self.bar.update(self.steps, note=f"loss {logs['loss']:.3f}")
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any, **kwargs: Any) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.start()
-        self.bar.update(self.batches, total=len(eval_dataloader), visible=True, advance=1)
+        self.bar.update(self.batches, total=len(kwargs["eval_dataloader"]), visible=True, advance=1)
 
-    def on_predict(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
         self.bar.reset(self.batches, visible=False, note="")
         self.bar.stop()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.reset(self.batches, visible=False, note="")
+        metrics = kwargs["metrics"]
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         scores = ", ".join(
             f"{name} {value:.3f}" for name, value in shown.items() if not name.endswith(("time", "per_second"))

@@ -165,7 +165,7 @@ def _training(file: RecipeFile, given: dict[str, Any]) -> dict[str, Any]:
         at = ("training", written[str(found["loc"][0])])
         raise file.error(at, f"{file.name(at)}: {found['msg']}.") from None
     if not 0 <= (ratio := given.get("warmup_ratio", 0)) < 1:
-        raise file.error(("training", "warmup_ratio"), f"training.warmup_ratio={ratio} is no share of the steps (0 to 1).")
+        raise file.error(("training", "warmup_ratio"), f"training.warmup_ratio={ratio} is no share of the steps.")
     return checked.model_dump(exclude_unset=True)
 
 
@@ -189,4 +189,4 @@ def _accepted(hint: Any) -> Any:
     if not enums:
         return hint
     values = [member.value for enum in enums for member in enum]
-    return Literal[tuple(values)]  # type: ignore[valid-type]
+    return Literal[tuple(values)]

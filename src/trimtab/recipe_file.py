@@ -67,7 +67,7 @@ class RecipeFile:
 
     def _child(self, node: MappingNode, key: str, override: str) -> MappingNode:
         found = next((value for name, value in node.value if name.value == key), None)
-        mark = yaml.Mark(f"--set {override}", 0, 0, 0, None, None)
+        mark = yaml.Mark(f"--set {override}", 0, 0, 0, "", 0)
         if found is None:
             found = MappingNode("tag:yaml.org,2002:map", [], mark)
             node.value.append((ScalarNode("tag:yaml.org,2002:str", key, mark), found))
@@ -141,7 +141,7 @@ class RecipeFile:
         finally:
             loader.dispose()
         if node is None:
-            node = ScalarNode("tag:yaml.org,2002:null", "", yaml.Mark(name, 0, 0, 0, None, None))
+            node = ScalarNode("tag:yaml.org,2002:null", "", yaml.Mark(name, 0, 0, 0, "", 0))
         self._check_twice(node)
         return node
 

@@ -1,18 +1,22 @@
 """A finished run: the folder that `train` writes, which is all that predict and merge need."""
 
+import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import recipe as recipes
 from .adapter import PeftConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, MergeError
+from .merge import QuantizedMergeWarning
 from .model import PeftModel
 from .recipe import Recipe
 from .tasks import TASKS, Task
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
+TOLERANCE = 1e-4  # on logits: what is saved must give what was there, up to rounding
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,43 @@ def load(folder: Path) -> Run:
     task = TASKS[recipe.task].from_folder(folder)
     model, _ = task.load_model(recipe.model, recipe.quantization)
     return Run(recipe, task, PeftModel.from_pretrained(model, folder).eval())
+
+
+def logits(model: Any, batch: dict[str, Any]) -> Any:
+    """The model's logits for a batch, as a float32 tensor on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        found = model.eval()(**{name: value.to(model.device) for name, value in batch.items()}).logits
+    return found.float().cpu()
+
+
+def merge(folder: Path, output: Path) -> float:
+    """Save the base model with the adapter of a run folded in; the largest difference of their logits.
+
+    Raises:
+        CheckpointError: no run there, or an output folder that exists.
+        MergeError: the merged model does not give the adapter's outputs. Nothing is left behind then.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output} exists already. Name a new folder.")
+    found = load(folder)
+    batch = found.task.example()
+    expected = logits(found.model, batch)
+    part = output.with_name(output.name + ".part")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantizedMergeWarning)  # measured below
+            found.model.merge_and_unload().save_pretrained(part)
+        found.task.save(part)
+        merged, _ = found.task.load_model(str(part), "none")
+        difference = float((logits(merged, batch) - expected).abs().max())
+        if not difference <= TOLERANCE:
+            raise MergeError(
+                f"The merged model's logits differ from the adapter's by {difference:.2g}, more than {TOLERANCE:g}. "
+                f"Nothing was saved: keep the adapter on its {found.recipe.quantization} base."
+            )
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return difference

@@ -16,7 +16,8 @@ Say = Callable[[str], object]  # tells the user one line
 
 
 def _from_recipe(path: Path, info: ValidationInfo) -> Path:
-    return ((info.context or {}).get("folder", Path.cwd()) / path.expanduser()).absolute()
+    folder: Path = (info.context or {}).get("folder", Path.cwd())
+    return (folder / path.expanduser()).absolute()
 
 
 RecipePath = Annotated[Path, AfterValidator(_from_recipe)]  # absolute, or relative to the recipe's folder
@@ -44,6 +45,7 @@ class Task(ABC):
     columns: ClassVar[tuple[str, ...]]  # the names that `data.columns` may map
     task_type: ClassVar[TaskType]
     metric: ClassVar[str]  # chooses the best checkpoint; higher is better
+    names: dict[str, str]  # data.columns, completed
 
     @classmethod
     @abstractmethod
@@ -85,12 +87,16 @@ class Task(ABC):
         """The same scores for the best guess that ignores the input."""
 
     @abstractmethod
+    def example(self) -> dict[str, Any]:
+        """A batch to compare two models on, made of the task alone."""
+
+    @abstractmethod
     def inputs(self, path: Path) -> list[Any]:
         """What a file asks to be predicted. Raises: DataError."""
 
     @abstractmethod
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, float]]:
-        """For each input the answers and their probabilities, the likeliest first."""
+        """For each input the possible answers and their probabilities."""
 
 
 @contextmanager

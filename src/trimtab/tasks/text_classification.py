@@ -117,6 +117,13 @@ class TextClassification(Task):
         [(commonest, _)] = Counter(train["labels"]).most_common(1)
         return _scores(rows["labels"], [commonest] * len(rows))
 
+    def example(self) -> dict[str, Any]:
+        words = "the quick brown fox does not jump over 13 lazy dogs , or so they say .".split()
+        texts = [" ".join(words[:n]) for n in range(1, len(words) + 1)]
+        pairs = texts[::-1] if "text_pair" in self.names else None
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
+        return dict(self.tokenizer.pad(encoded, return_tensors="pt"))
+
     def inputs(self, path: Path) -> list[Any]:
         """The texts (or pairs) of a file: one a line in a .txt, else from the columns trained on."""
         if path.suffix == ".txt" and path.is_file():
@@ -132,7 +139,7 @@ class TextClassification(Task):
         return found
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, float]]:
-        """For each text, or pair of them, the probability of each class, the likeliest first."""
+        """For each text, or pair of them, the probability of each class."""
         import torch
 
         found: list[dict[str, float]] = []
@@ -146,8 +153,7 @@ class TextClassification(Task):
                     return_tensors="pt",
                 )
                 for row in model.eval()(**batch.to(model.device)).logits.float().softmax(-1).tolist():
-                    pairs = zip(self.labels, row, strict=True)
-                    found.append(dict(sorted(pairs, key=lambda pair: -pair[1])))
+                    found.append(dict(zip(self.labels, row, strict=True)))
         return found
 
 
@@ -270,7 +276,7 @@ def _modules_of(model: Any, missing: set[str]) -> list[str]:
     for name, module in model.named_modules():
         own = {f"{name}.{key}" for key, _ in module.named_parameters()}
         inside = any(name.startswith(f"{outer}.") for outer in chosen)
-        lacks = own and own <= missing or any(f"{name}.{key}" in missing for key in module._parameters)
+        lacks = (own and own <= missing) or any(f"{name}.{key}" in missing for key in module._parameters)
         if name and not inside and lacks:
             chosen.append(name)
     return chosen

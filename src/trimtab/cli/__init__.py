@@ -1,0 +1,49 @@
+"""The command `trimtab`: one file per verb. Nothing here imports torch or transformers before a verb runs."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import TrimtabError
+from .demo import demo
+from .inspect import inspect
+from .merge import merge
+from .predict import predict
+from .targets import targets
+from .train import train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune pretrained models by training a small adapter and leaving the model alone.",
+)
+for verb in (demo, train, predict, merge, inspect, targets):
+    app.command(no_args_is_help=verb is not demo)(verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"trimtab {version('trimtab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line; what the user can put right is said in one line, with exit code 2."""
+    try:
+        app(arguments)
+    except TrimtabError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

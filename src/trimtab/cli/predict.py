@@ -1,0 +1,38 @@
+"""`trimtab predict`: classes and their probabilities, from the adapter's folder alone."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def predict(
+    folder: Annotated[Path, typer.Argument(help="The folder that train wrote.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="The texts.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file of texts: one a line in a .txt, else columns as trained on.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Predict the class of texts, with the probability of each class."""
+    from ..errors import DataError
+
+    if bool(texts) == bool(file):
+        raise DataError("predict needs texts, or --file with a file of texts, not both.")
+    from .quiet import quiet
+
+    quiet()
+    from rich.console import Console
+
+    from .. import run
+    from ..report import predictions
+
+    found = run.load(folder)
+    inputs = found.task.inputs(file) if file else list(texts or ())
+    answers = found.task.predict(found.model, inputs)
+    if as_json:
+        for text, answer in zip(inputs, answers, strict=True):
+            print(json.dumps({"input": text, "probabilities": answer}, ensure_ascii=False))
+        return
+    Console().print(predictions(inputs, answers))

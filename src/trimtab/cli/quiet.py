@@ -1,0 +1,20 @@
+"""Silence what libraries say about themselves, so that what is left is for the user."""
+
+import logging
+import os
+import warnings
+
+
+def quiet() -> None:
+    """Call before a verb's own imports: some of this is read only once."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets|bitsandbytes")
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,525 @@
+"""The contract battery: what every method promises, as functions that take a case.
+
+A new method adds one `Case` to ALL_SMALL_CONFIGS and gets every check. What it cannot promise it declares there, with
+the reason: `skips={"merge": "the bottleneck is not linear"}` skips every check with "merge" in its name. A case that
+skips "merge" must refuse to merge instead, and leave the model as it was.
+"""
+
+import copy
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import Tiny, output, randomise
+from torch import Tensor, nn
+
+import trimtab
+from trimtab import LoraConfig, MergeError, PeftConfig, PeftModel, get_peft_model, sites
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small config, and the tiny model it is for."""
+
+    id: str
+    config: PeftConfig
+    tiny: Callable[[], Tiny] = models.mlp
+    skips: dict[str, str] = field(default_factory=dict)  # part of a check's name -> why it does not hold
+
+    def skipped(self, check: str) -> str | None:
+        return next((reason for part, reason in self.skips.items() if part in check), None)
+
+
+def lora(id: str, tiny: Callable[[], Tiny] = models.mlp, skips: dict[str, str] | None = None, **settings: Any) -> Case:
+    """LoRA of a scale other than 1; on two stacked layers of the MLP unless the case says otherwise."""
+    defaults = {"r": 2, "lora_alpha": 5, "target_modules": ["first", "second"]}
+    return Case(id, LoraConfig(**{**defaults, **settings}), tiny, skips or {})
+
+
+ALL_SMALL_CONFIGS = [
+    lora("lora"),
+    lora("lora-rslora", use_rslora=True),
+    lora("lora-bias-all", bias="all"),
+    lora("lora-bias-lora_only", bias="lora_only"),
+    lora("lora-dropout", lora_dropout=0.5),
+    lora("lora-gaussian", init_lora_weights="gaussian"),
+    lora(
+        "lora-modules_to_save",
+        modules_to_save=["norm", "head"],
+        skips={"nest": "two trained copies of one module cannot act together; they are refused"},
+    ),
+    lora("lora-patterns", models.llama, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3},
+         alpha_pattern={"layers.0.self_attn.q_proj": 1}),  # fmt: skip
+    lora("lora-gpt2", models.gpt2, target_modules=["c_attn", "c_proj", "c_fc"], bias="all"),
+    lora("lora-bert", models.bert, target_modules="all-linear", task_type="SEQ_CLS",
+         skips={"nest": "two trained copies of one head cannot act together; they are refused"}),  # fmt: skip
+    lora("lora-vit", models.vit, target_modules=["query", "projection"]),
+    lora("lora-embeddings", models.embeddings, target_modules=["token", "position", "inner"]),
+    lora("lora-convolutions", models.convolutions, target_modules=["volume", "plane", "line", "same"]),
+    lora("lora-groups", lambda: models.convolutions(groups=2), target_modules=["plane", "line"],
+         skips={"merge": "A sees all channels, a grouped convolution its own share, so no such weight exists"}),
+    lora("lora-encoder", models.encoder, target_modules="all-linear", bias="lora_only"),
+    lora("lora-attention", models.encoder, target_modules=["self_attn", "out_proj"]),
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- what checks share
+
+
+def attached(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor]]:
+    """The case's model with its adapter, weights randomised, and inputs."""
+    model, inputs = plain(case, dtype)
+    get_peft_model(model, case.config)
+    randomise(model)
+    return model, inputs
+
+
+def plain(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor]]:
+    model, inputs = case.tiny()
+    torch.manual_seed(2)
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    return model.to(dtype), cast
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return output(model, inputs).clone()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def far(a: Tensor, b: Tensor) -> None:
+    """Where two results must differ, or the equality tested beside it would mean nothing."""
+    assert (a - b).abs().max() > 1e-2
+
+
+@dataclass
+class Snapshot:
+    """All that unloading must bring back."""
+
+    classes: dict[str, type]
+    attributes: dict[str, set[str]]
+    state: dict[str, Tensor]
+    parameters: dict[str, tuple[int, bool]]  # identity and requires_grad
+    output: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: dict[str, Tensor]) -> "Snapshot":
+        modules = dict(model.named_modules())
+        return cls(
+            classes={name: type(module) for name, module in modules.items()},
+            attributes={name: set(vars(module)) for name, module in modules.items()},
+            state={name: tensor.clone() for name, tensor in model.state_dict().items()},
+            parameters={name: (id(found), found.requires_grad) for name, found in model.named_parameters()},
+            output=run(model, inputs),
+        )
+
+    def holds(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        """Assert that the model is again, bit for bit, what it was."""
+        now = Snapshot.of(model, inputs)
+        assert now.classes == self.classes
+        assert now.attributes == self.attributes
+        assert list(now.state) == list(self.state)
+        assert all(same_bits(now.state[name], tensor) for name, tensor in self.state.items())
+        assert now.parameters == self.parameters
+        assert same_bits(now.output, self.output)
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if not is_adapter(name)}
+
+
+def is_adapter(name: str) -> bool:
+    return ".adapters." in f".{name}"
+
+
+def assert_base_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    now = base_state(model)
+    assert list(now) == list(before)
+    assert all(same_bits(now[name], value) for name, value in before.items())
+
+
+def loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """A curved function of the output; any dropout draws the same every time."""
+    torch.manual_seed(3)
+    y = output(model, inputs)
+    return (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape).double() + y.double() ** 2 / 3).sum()
+
+
+@contextmanager
+def restored(parameter: nn.Parameter) -> Iterator[None]:
+    kept = parameter.detach().clone()
+    yield
+    with torch.no_grad():
+        parameter.copy_(kept)
+
+
+# -------------------------------------------------------------------------------------------------------- checks
+
+
+def identity_at_init(case: Case) -> None:
+    """With the default initialisation an attached adapter changes no bit of the output."""
+    for training in (False, True):
+        model, inputs = plain(case)
+        before = run(model.train(training), inputs)
+        get_peft_model(model, case.config)
+        assert same_bits(run(model, inputs), before)
+
+
+def gradients_agree_with_finite_differences(case: Case) -> None:
+    """Float64, along a random direction of each trained parameter and of each floating-point input."""
+    model, inputs = attached(case, torch.float64)
+    model.train()
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    leaves = {key: x.requires_grad_() for key, x in inputs.items() if x.is_floating_point()}
+    got = torch.autograd.grad(loss(model, inputs), [*wanted, *leaves.values()])
+    step = 1e-6
+    generator = torch.Generator().manual_seed(5)
+    for tensor, gradient in zip([*wanted, *leaves.values()], got, strict=True):
+        direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        direction /= direction.norm()
+        with torch.no_grad(), restored(tensor):
+            tensor.add_(step * direction)
+            above = loss(model, inputs)
+            tensor.sub_(2 * step * direction)
+            below = loss(model, inputs)
+        expected = (above - below) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-5, atol=1e-6)
+        assert gradient.norm() > 1e-7  # a parameter that nothing depends on would agree, too
+
+
+def only_adapters_train(case: Case) -> None:
+    """A step of an optimizer over all parameters moves every adapter weight tensor and nothing else."""
+    model, inputs = plain(case)
+    names, before = [name for name, _ in model.named_parameters()], base_state(model)
+    get_peft_model(model, case.config)
+    randomise(model)
+    own = {name: value.clone() for name, value in model.named_parameters() if is_adapter(name)}
+    assert [name for name, _ in model.named_parameters() if not is_adapter(name)] == names
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(own)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
+    first = loss(model.train(), inputs)
+    first.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(own)
+    optimizer.step()
+    assert loss(model, inputs) < first
+    assert_base_unchanged(model, before)
+    assert not any(same_bits(p, own[name]) for name, p in model.named_parameters() if name in own)
+
+
+def merge_equals_active(case: Case) -> None:
+    model, inputs = attached(case)
+    base = case.tiny().model
+    active = run(model, inputs)
+    far(active, run(base, inputs))
+    model.merge_adapter()
+    assert all(not module.acting() for module in sites.sites(model))  # the weights do it
+    close(run(model, inputs), active)
+
+
+def merge_then_unmerge_restores_every_bit(case: Case) -> None:
+    """Ten times over, in bfloat16, where adding and subtracting a delta would drift."""
+    model, inputs = attached(case, torch.bfloat16)
+    before = Snapshot.of(model, inputs)
+    for _ in range(10):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    before.holds(model, inputs)
+
+
+def merge_and_unload_gives_the_plain_model(case: Case) -> None:
+    model, inputs = plain(case)
+    before = Snapshot.of(model, inputs)
+    model = get_peft_model(model, case.config)
+    randomise(model)
+    active = run(model, inputs)
+    merged = model.merge_and_unload()
+    now = Snapshot.of(merged, inputs)
+    close(now.output, active)
+    assert merged is model
+    assert now.classes == before.classes
+    assert now.attributes == before.attributes
+    assert [(name, value.shape, value.dtype) for name, value in now.state.items()] == [
+        (name, value.shape, value.dtype) for name, value in before.state.items()
+    ]
+    flags = {name: requires for name, (_, requires) in now.parameters.items()}
+    assert flags == {name: requires for name, (_, requires) in before.parameters.items()}
+
+
+def merge_in_training_keeps_the_base_out_of_it(case: Case) -> None:
+    """While merged nothing in the base trains, and unmerging after that gives back a model that trains as before."""
+    model, inputs = attached(case)
+    before = base_state(model)
+    model.merge_adapter()
+    assert not any(p.requires_grad for name, p in model.named_parameters() if not is_adapter(name))
+    model.unmerge_adapter()
+    loss(model, inputs).backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if is_adapter(name)
+    }
+    assert_base_unchanged(model, before)
+
+
+def disabled_gives_base_outputs(case: Case) -> None:
+    model, inputs = attached(case)
+    active, base = run(model, inputs), run(case.tiny().model, inputs)
+    with model.disable_adapter():
+        assert same_bits(run(model, inputs), base)
+    assert same_bits(run(model, inputs), active)
+
+
+def disabled_while_merged_gives_base_outputs(case: Case) -> None:
+    model, inputs = attached(case)
+    base = run(case.tiny().model, inputs)
+    model.merge_adapter()
+    merged = run(model, inputs)
+    with model.disable_adapter():
+        assert same_bits(run(model, inputs), base)
+    assert same_bits(run(model, inputs), merged)
+
+
+def adapters_switch(case: Case) -> None:
+    """Each adapter acts and trains alone; going back gives the same bits."""
+    model, inputs = attached(case)
+    first = run(model, inputs)
+    model.add_adapter("second", case.config)
+    assert same_bits(run(model, inputs), first)
+    model.set_adapter("second")
+    assert same_bits(run(model, inputs), run(case.tiny().model, inputs))
+    randomise(model, seed=4)
+    second = run(model, inputs)
+    far(second, first)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".adapters.second." in name}
+    model.set_adapter("default")
+    far(run(model, inputs), second)
+    model.set_adapter("second")
+    assert same_bits(run(model, inputs), second)
+
+
+def deleting_leaves_the_others(case: Case) -> None:
+    model, inputs = attached(case)
+    first = run(model, inputs)
+    names = list(model.state_dict())
+    model.add_adapter("second", case.config)
+    model.delete_adapter("second")
+    assert same_bits(run(model, inputs), first)
+    assert list(model.state_dict()) == names
+    model.add_adapter("second", case.config)
+    with pytest.warns(UserWarning, match="now 'second' is"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+    assert not any(".adapters.default." in name for name in model.state_dict())
+    model.delete_adapter("second")
+    assert model.active_adapters == []
+    assert same_bits(run(model, inputs), run(case.tiny().model, inputs))
+
+
+def unload_restores_every_bit(case: Case) -> None:
+    """Weights, classes, attributes, state-dict keys, which parameters train, outputs."""
+    model, inputs = plain(case)
+    next(model.parameters()).requires_grad_(False)  # a flag that only a faithful restoration keeps
+    before = Snapshot.of(model, inputs)
+    adapted = get_peft_model(model, case.config)
+    adapted.add_adapter("second", case.config)
+    randomise(adapted)
+    loss(adapted.train(), inputs).backward()
+    assert adapted.unload() is model
+    before.holds(model.eval(), inputs)
+
+
+def unload_while_merged_restores_every_bit(case: Case) -> None:
+    model, inputs = plain(case)
+    before = Snapshot.of(model, inputs)
+    adapted = get_peft_model(model, case.config)
+    randomise(adapted)
+    adapted.merge_adapter()
+    adapted.unload()
+    before.holds(model, inputs)
+
+
+def deepcopy_is_independent(case: Case) -> None:
+    model, inputs = attached(case)
+    active = run(model, inputs)
+    copied = copy.deepcopy(model)
+    assert type(copied) is type(model)
+    assert same_bits(run(copied, inputs), active)
+    randomise(copied, seed=6)
+    far(run(copied, inputs), active)
+    with copied.disable_adapter():
+        assert same_bits(run(model, inputs), active)
+    copied.unload()
+    assert same_bits(run(model, inputs), active)
+    assert same_bits(run(copied, inputs), run(case.tiny().model, inputs))
+
+
+def pickles(case: Case) -> None:
+    model, inputs = attached(case)
+    restored = pickle.loads(pickle.dumps(model))
+    assert type(restored) is type(model)
+    assert same_bits(run(restored, inputs), run(model, inputs))
+    with restored.disable_adapter():
+        assert same_bits(run(restored, inputs), run(case.tiny().model, inputs))
+    plain_again = restored.unload()
+    assert type(plain_again) is type(case.tiny().model)
+
+
+def casts_to_bfloat16(case: Case) -> None:
+    """The whole model, adapters included; rounding aside it computes the same."""
+    model, inputs = attached(case)
+    active = run(model, inputs)
+    model.to(torch.bfloat16)
+    half = {key: x.bfloat16() if x.is_floating_point() else x for key, x in inputs.items()}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    rounded = run(model, half)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - active).norm() < 0.05 * active.norm()
+
+
+def trains_in_float32_on_a_bfloat16_base(case: Case) -> None:
+    model, inputs = plain(case, torch.bfloat16)
+    before = run(model, inputs)
+    get_peft_model(model, case.config)
+    assert same_bits(run(model, inputs), before)
+    randomise(model)
+    assert {p.dtype for name, p in model.named_parameters() if is_adapter(name)} == {torch.float32}
+    assert run(model, inputs).dtype == torch.bfloat16
+    loss(model.train(), inputs).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def two_active_adapters_nest(case: Case) -> None:
+    """At every site that is called: h(x) = b.after(x, g(b.before(x))) with g(x) = a.after(x, f(a.before(x)))."""
+    model, inputs = attached(case)
+    model.add_adapter("second", case.config)
+    randomise(model, seed=4)
+    model.set_adapter(["default", "second"])
+    assert model.active_adapters == ["default", "second"]
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
+    for site in sites.sites(model):
+        site.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+    run(model, inputs)
+    checked = 0
+    for site, args, kwargs, got in calls:
+        if isinstance(site, sites.ReadSite):
+            continue  # merging checks those
+        keyword = next(iter(kwargs)) if not args else None
+        first = kwargs.pop(keyword) if keyword else args[0]
+        rest, a, b = args[1:], site.adapters["default"], site.adapters["second"]
+
+        def f(x: Any, site: Any = site, rest: Any = rest, kwargs: Any = kwargs, keyword: Any = keyword) -> Any:
+            original = sites.lineage(type(site))[1].forward
+            return original(site, **{keyword: x}, **kwargs) if keyword else original(site, x, *rest, **kwargs)
+
+        with torch.no_grad():
+            inner = b.before(site, first)
+            expected = b.after(site, first, a.after(site, inner, f(a.before(site, inner))))
+        close(got, expected)
+        checked += 1
+    assert checked or all(isinstance(site, sites.ReadSite) for site in sites.sites(model))
+
+
+def merge_of_two_nested_adapters_equals_active(case: Case) -> None:
+    model, inputs = attached(case)
+    model.add_adapter("second", case.config)
+    randomise(model, seed=4)
+    if case.skipped("nest"):
+        with pytest.raises(trimtab.AdapterError, match="replace"):
+            model.set_adapter(["default", "second"])
+        return
+    model.set_adapter(["default", "second"])
+    active = run(model, inputs)
+    model.merge_adapter()
+    torch.testing.assert_close(run(model, inputs), active, rtol=1e-4, atol=1e-4)
+
+
+def saves_and_loads_under_another_name(case: Case) -> None:
+    model, inputs = attached(case)
+    active = run(model, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        fresh = PeftModel.from_pretrained(case.tiny().model, folder, adapter_name="other")
+        assert fresh.active_adapters == ["other"]
+        assert same_bits(run(fresh, inputs), active)
+        assert not any(p.requires_grad for p in fresh.parameters())
+        model.load_adapter(folder, "again", is_trainable=True)
+    model.set_adapter("again")
+    assert same_bits(run(model, inputs), active)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if ".adapters.again." in name
+    }
+    saved, own = fresh.peft_config["other"].to_dict(), model.peft_config["default"].to_dict()
+    assert {**saved, "inference_mode": None} == {**own, "inference_mode": None}
+
+
+def inference_mode_trains_nothing(case: Case) -> None:
+    model, _ = plain(case)
+    get_peft_model(model, case.config.model_copy(update={"inference_mode": True}))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def parameters_can_be_sharded(case: Case) -> None:
+    """FSDP2 takes no 0-d parameters; and a parameter must lie in the order that its name says."""
+    model, _ = attached(case)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            assert parameter.dim() > 0, name
+            assert parameter.is_contiguous(), name
+
+
+CHECKS: list[Callable[[Case], None]] = [
+    identity_at_init,
+    gradients_agree_with_finite_differences,
+    only_adapters_train,
+    merge_equals_active,
+    merge_then_unmerge_restores_every_bit,
+    merge_and_unload_gives_the_plain_model,
+    merge_in_training_keeps_the_base_out_of_it,
+    disabled_gives_base_outputs,
+    disabled_while_merged_gives_base_outputs,
+    adapters_switch,
+    deleting_leaves_the_others,
+    unload_restores_every_bit,
+    unload_while_merged_restores_every_bit,
+    deepcopy_is_independent,
+    pickles,
+    casts_to_bfloat16,
+    trains_in_float32_on_a_bfloat16_base,
+    two_active_adapters_nest,
+    merge_of_two_nested_adapters_equals_active,
+    saves_and_loads_under_another_name,
+    inference_mode_trains_nothing,
+    parameters_can_be_sharded,
+]
+
+
+def check(case: Case, promise: Callable[[Case], None]) -> None:
+    """Run one check on one case, or see that what the case cannot do is refused."""
+    if reason := case.skipped(promise.__name__):
+        if "merge" in case.skips and "merge" in promise.__name__:
+            refuses_to_merge(case)
+        pytest.skip(reason)
+    promise(case)
+
+
+def refuses_to_merge(case: Case) -> None:
+    model, inputs = attached(case)
+    before = Snapshot.of(model, inputs)
+    for verb in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError):
+            verb()
+        before.holds(model, inputs)
