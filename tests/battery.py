@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import models
@@ -20,7 +21,17 @@ from models import Tiny, output, randomise
 from torch import Tensor, nn
 
 import trimtab
-from trimtab import LoraConfig, MergeError, PeftConfig, PeftModel, get_peft_model, sites
+from trimtab import (
+    BitFitConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    MergeError,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    sites,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,9 @@ def lora(id: str, tiny: Callable[[], Tiny] = models.mlp, skips: dict[str, str] |
     defaults = {"r": 2, "lora_alpha": 5, "target_modules": ["first", "second"]}
     return Case(id, LoraConfig(**{**defaults, **settings}), tiny, skips or {})
 
+
+REPLACES = {"nest": "two trained copies of one module cannot act together; they are refused"}
+COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}
 
 ALL_SMALL_CONFIGS = [
     lora("lora"),
@@ -66,6 +80,23 @@ ALL_SMALL_CONFIGS = [
          skips={"merge": "A sees all channels, a grouped convolution its own share, so no such weight exists"}),
     lora("lora-encoder", models.encoder, target_modules="all-linear", bias="lora_only"),
     lora("lora-attention", models.encoder, target_modules=["self_attn", "out_proj"]),
+    Case("ia3", IA3Config(target_modules=["first", "second"], feedforward_modules=["second"])),
+    Case("ia3-llama", IA3Config(), models.llama, COARSE),
+    Case("ia3-gpt2", IA3Config(), partial(models.gpt2, initializer_range=0.2)),
+    Case("ia3-encoder", IA3Config(target_modules=["self_attn", "out_proj", "linear1", "linear2"],
+                                  feedforward_modules=["linear2"]), models.encoder),
+    Case("ia3-groups", IA3Config(target_modules=["volume", "plane", "line"], feedforward_modules=["plane"]),
+         lambda: models.convolutions(groups=2)),
+    Case("ia3-embeddings", IA3Config(target_modules=["token", "inner"], feedforward_modules=["inner"]),
+         models.embeddings),
+    Case("ln_tuning", LNTuningConfig(), skips=REPLACES),
+    Case("ln_tuning-llama", LNTuningConfig(), models.llama, REPLACES | COARSE),
+    Case("ln_tuning-encoder", LNTuningConfig(), models.encoder, REPLACES),
+    Case("bitfit", BitFitConfig()),
+    Case("bitfit-bert", BitFitConfig(target_modules="attention"), partial(models.bert, initializer_range=0.2),
+         {"finite_differences": "the same shift of all keys shifts all scores of a query alike, which softmax drops"}),
+    Case("bitfit-encoder", BitFitConfig(), models.encoder),
+    Case("bitfit-convolutions", BitFitConfig(), models.convolutions),
 ]  # fmt: skip
 
 

@@ -50,6 +50,7 @@ class Adapter(nn.Module):
     replacement: nn.Module | None
     dropout: float = 0.0  # probability; 0 where the method has none
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
+    hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
 
     def __init__(self) -> None:
         super().__init__()

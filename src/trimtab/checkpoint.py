@@ -78,7 +78,7 @@ def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path) -> None
         tensors = load_file(where)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is damaged or no safetensors file: {error}.") from None
-    wanted = {key: adapters[path].state_dict()[entry] for key, (path, entry) in keys.items()}
+    wanted = {key: adapters[path].state_dict()[entry] for (path, entry), key in keys.items()}
     missing = [key for key in wanted if key not in tensors]
     extra = [key for key in tensors if key not in wanted and not _is_the_base_s(key, tensors[key], model)]
     shapes = {key: (tensors[key].shape, wanted[key].shape) for key in wanted if key in tensors}
@@ -89,7 +89,7 @@ def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path) -> None
         raise CheckpointError(f"{where} does not fit this {type(model).__name__}. Nothing was changed.\n{listed}")
     modules = dict(model.named_modules())
     for path, adapter in adapters.items():
-        own = {entry: key for key, (at, entry) in keys.items() if at == path}
+        own = {entry: key for (at, entry), key in keys.items() if at == path}
         state = adapter.state_dict()
         stored = weights.parameter(modules[path])
         # A base on the meta device has no data yet; the adapter has, and keeps it on the CPU until it is moved.

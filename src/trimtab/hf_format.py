@@ -14,10 +14,10 @@ from .adapter import Adapter
 PREFIX = "base_model.model."
 
 
-def keys(adapters: Mapping[str, Adapter]) -> dict[str, tuple[str, str]]:
-    """HF PEFT's key of each entry of the adapters' state -> (module name, entry name)."""
+def keys(adapters: Mapping[str, Adapter]) -> dict[tuple[str, str], str]:
+    """(module name, entry of its adapter's state) -> HF PEFT's key. What adapters share has one key, and is saved once."""
     return {
-        f"{PREFIX}{_path(path, adapters)}.{adapter.hf_key(name)}": (path, name)
+        (path, name): adapter.hf_shared.get(name) or f"{PREFIX}{_path(path, adapters)}.{adapter.hf_key(name)}"
         for path, adapter in adapters.items()
         for name in adapter.state_dict()
     }
@@ -36,7 +36,9 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
 def state(adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
     """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given."""
     found = {}
-    for key, (path, entry) in keys(adapters).items():
+    for (path, entry), key in keys(adapters).items():
+        if key in found:
+            continue
         full = f"{path}.adapters.{name}.{entry}"
         if values is not None and full in values:
             tensor = values[full]

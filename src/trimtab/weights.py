@@ -138,8 +138,8 @@ def linear(site: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """The site's own map with another weight (n, in, *kernel) in place of its own, and no bias.
 
     For linear layers x (..., in) -> (..., n), for embeddings ids (...) -> (..., n), for convolutions
-    (B, in, ...) -> (B, n, ...) with the site's stride, padding and dilation. Grouping is not applied:
-    the n rows see all inputs.
+    (B, in, ...) -> (B, n, ...) with the site's stride, padding and dilation. A weight (n, in / groups, *kernel) is
+    grouped as the site's own is; with (n, in, *kernel) the n rows see all inputs.
     """
     if isinstance(site, nn.Embedding):
         return F.embedding(x, weight.T) * getattr(site, "embed_scale", 1.0)  # Gemma scales what it looks up
@@ -155,7 +155,8 @@ def _convolve(site: Any, x: Tensor, weight: Tensor) -> Tensor:
     convolve: Any = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[
         next(kind for kind in CONVOLUTIONS if isinstance(site, kind))
     ]
-    result: Tensor = convolve(x, weight, None, site.stride, padding, site.dilation)
+    groups = site.in_channels // weight.shape[1]
+    result: Tensor = convolve(x, weight, None, site.stride, padding, site.dilation, groups)
     return result
 
 

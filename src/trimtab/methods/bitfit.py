@@ -66,6 +66,12 @@ def own_bias(site: nn.Module) -> Tensor | None:
     return site._parameters.get(bias_name(site))
 
 
+def add_biases(made: dict[str, Adapter], model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a method with bias="all": its own, and the trained biases of all other modules."""
+    biased = {name: module for name, module in base_modules(model) if own_bias(module) is not None}
+    return made | {name: BiasAdapter(module) for name, module in biased.items() if name not in made}
+
+
 class BitFitConfig(TargetConfig):
     """BitFit's settings: whose biases. None means every module that has one, "attention" those inside attention."""
 

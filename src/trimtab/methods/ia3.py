@@ -6,7 +6,6 @@ scales keys, values and the inner activations of the feed-forward part, which ar
 
 from typing import Any, ClassVar
 
-import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 

@@ -16,12 +16,15 @@ from torch.nn import functional as F
 from .. import weights
 from ..adapter import Adapter
 from ..errors import ConfigError, MergeError
-from ..targets import TargetConfig, base_modules, check_patterns, pattern_value
-from .bitfit import BiasAdapter, TrainedBias, own_bias
+from ..targets import TargetConfig, check_patterns, pattern_value
+from .bitfit import TrainedBias, add_biases, own_bias
+from .dora import Magnitude
 
 
 class LoraAdapter(Adapter):
-    def __init__(self, site: nn.Module, r: int, scale: float, dropout: float, init: bool | str) -> None:
+    def __init__(
+        self, site: nn.Module, r: int, scale: float, dropout: float, init: bool | str, dora: bool = False
+    ) -> None:
         """A (r, in, *kernel) and B (out, r / groups); scale is s, dropout a probability."""
         super().__init__()
         shape = weights.layout(site)
@@ -32,6 +35,7 @@ class LoraAdapter(Adapter):
         self.B = weights.new_parameter(site, shape.out, r // shape.groups)
         self.bias: TrainedBias | None = None
         self._initialise(init)
+        self.magnitude = Magnitude(site, self.A, self.B, scale) if dora else None
 
     def _initialise(self, init: bool | str) -> None:
         # On an embedding B is the random one: A's columns are rows of the vocabulary, of which a step sees few.
@@ -53,21 +57,27 @@ class LoraAdapter(Adapter):
         # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
         dtype = y.dtype if self.embeds else x.dtype
         h = weights.linear(site, x, self.A.to(dtype)) * self.scale
-        y = y + weights.mix(site, h, self.B.to(dtype)).to(y.dtype)
+        low = weights.mix(site, h, self.B.to(dtype)).to(y.dtype)
+        y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, self.A, self.B, self.scale)
         return y if self.bias is None else self.bias.add(site, y)
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         if self.B.shape[1] != len(self.A):
             raise MergeError("A grouped convolution sees its own share of the channels; LoRA's A sees all of them.")
         delta = (self.B @ self.A.flatten(1)).view(weight.shape) * self.scale
-        return weight + delta.to(weight.dtype)
+        merged = weight + delta.to(weight.dtype)
+        return merged if self.magnitude is None else self.magnitude.fold(site, merged, self.A, self.B, self.scale)
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        if self.magnitude is not None:
+            bias = self.magnitude.fold_bias(site, bias, self.A, self.B, self.scale)
         return bias if self.bias is None else self.bias.fold(site, bias)
 
     def hf_key(self, name: str) -> str:
         if name == "bias.value":
             return "base_layer.bias"
+        if name == "magnitude.value":
+            return "lora_magnitude_vector"
         return f"lora_embedding_{name}" if self.embeds else f"lora_{name}.weight"
 
 
@@ -76,6 +86,7 @@ class LoraConfig(TargetConfig):
 
     r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability, on the input of A. bias: which biases are
     trained as well, "none", "all" or those of the targets ("lora_only"). use_rslora: s = lora_alpha / sqrt(r).
+    use_dora: learn the length of each row of the weight by itself (methods/dora.py).
     rank_pattern, alpha_pattern: other values for the modules a key (a regular expression for the end of the name)
     means. init_lora_weights: True (A as nn.Linear's default, B zero), "gaussian" (A normal with deviation 1 / r), or
     False (both random). fan_in_fan_out is set by itself: the layer tells how it stores its weight.
@@ -88,7 +99,7 @@ class LoraConfig(TargetConfig):
         "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_bias": False,
         "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None,
         "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
-        "use_dora": False, "use_qalora": False, "velora_config": None,
+        "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
     r: int = Field(8, ge=1)
@@ -96,6 +107,7 @@ class LoraConfig(TargetConfig):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False
     init_lora_weights: bool | Literal["gaussian"] = True
     rank_pattern: dict[str, int] = {}
@@ -111,10 +123,7 @@ class LoraConfig(TargetConfig):
         targets = [name for name, adapter in made.items() if isinstance(adapter, LoraAdapter)]
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
-        if self.bias == "all":
-            biased = {name: module for name, module in base_modules(model) if own_bias(module) is not None}
-            made |= {name: BiasAdapter(module) for name, module in biased.items() if name not in made}
-        return made
+        return add_biases(made, model) if self.bias == "all" else made
 
     def build(self, name: str, site: nn.Module) -> LoraAdapter:
         r = pattern_value(self.rank_pattern, name, self.r)
@@ -123,9 +132,11 @@ class LoraConfig(TargetConfig):
         assert shape is not None
         if r < 1 or r % shape.groups:
             raise ConfigError(f"{name} has {shape.groups} groups: its rank must be a multiple of that, not {r}.")
-        adapter = LoraAdapter(
-            site, r, alpha / (math.sqrt(r) if self.use_rslora else r), self.lora_dropout, self.init_lora_weights
-        )
+        if self.use_dora and shape.groups > 1:
+            raise ConfigError(f"{name} has {shape.groups} groups: DoRA measures the rows of one product B A. "
+                              "Leave it out with exclude_modules, or set use_dora=False.")  # fmt: skip
+        scale = alpha / (math.sqrt(r) if self.use_rslora else r)
+        adapter = LoraAdapter(site, r, scale, self.lora_dropout, self.init_lora_weights, self.use_dora)
         if self.bias != "none" and own_bias(site) is not None:
             adapter.bias = TrainedBias(site)
         return adapter

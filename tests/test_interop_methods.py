@@ -1,0 +1,122 @@
+"""HF PEFT's adapters here and ours there, for every method that both have: equal outputs. One line per case."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import peft
+import pytest
+import torch
+from models import Tiny, output, randomise
+from torch import nn
+
+import trimtab
+
+TINY = {**models.TRANSFORMERS, **models.PLAIN, **models.QUANTIZED}
+ATTENTION = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "bert": ["query", "value", "output.dense"],
+    "t5": ["q", "v", "wo"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "opt": ["q_proj", "v_proj", "fc2"],
+    "vit": ["q_proj", "v_proj", "fc2"],
+    "mlp": ["first", "second"],
+}
+LAST = {"llama": "down_proj", "bert": "output.dense", "t5": "wo", "gpt2": "mlp.c_proj", "opt": "fc2", "vit": "fc2"}
+NO_GPT2 = ("llama", "bert", "t5", "opt", "vit")  # HF PEFT has it for nn.Linear only
+
+Row = tuple[str, str, dict[str, Any]]
+
+
+def rows(method: str, architectures: Any = tuple(LAST), **settings: Any) -> list[Row]:
+    """The same settings on each architecture; a function of the architecture's name gives settings that differ."""
+    return [
+        (method, name, {
+            "target_modules": ATTENTION.get(name),
+            **{key: value(name) if callable(value) else value for key, value in settings.items()},
+        })
+        for name in architectures
+    ]  # fmt: skip
+
+
+CASES = [
+    *rows("IA3", feedforward_modules=lambda name: [LAST[name]]),
+    *rows("IA3", ["llama"], feedforward_modules=r".*\.(down_proj)", target_modules=r".*\.(k_proj|down_proj)"),
+    *rows("IA3", ["bert"], feedforward_modules=[], target_modules=["key"], task_type="SEQ_CLS"),
+    *rows("IA3", ["convolutions"], target_modules=["volume", "plane"], feedforward_modules=["plane"]),
+    *rows("LNTuning", ["llama", "t5"], target_modules=None),
+    *rows("LNTuning", ["bert"], target_modules=["LayerNorm"], task_type="SEQ_CLS"),
+    *rows("LNTuning", ["gpt2"], target_modules=["ln_1", "ln_f"]),
+    *rows("LNTuning", ["opt"], target_modules=["self_attn_layer_norm", "final_layer_norm"]),
+    *rows("LNTuning", ["vit"], target_modules=["layernorm_before", "layernorm"]),
+]
+
+
+def name_of(row: Row) -> str:
+    method, tiny, settings = row
+    shown = {key: value for key, value in settings.items() if key != "target_modules" and not isinstance(value, list)}
+    return "-".join([method, tiny, *(key if value is True else f"{key}={value}" for key, value in shown.items())])
+
+
+@pytest.fixture(autouse=True)
+def _quiet_peft() -> Iterator[None]:
+    """HF PEFT comments on what it corrects by itself: none of our business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def pair(row: Row) -> tuple[Tiny, nn.Module]:
+    """A tiny model, and a copy of its base for the other side.
+
+    transformers starts weights so small that attention hardly looks at its scores: these are larger.
+    """
+    tiny = TINY[row[1]]()
+    if row[1] in models.TRANSFORMERS:
+        for parameter in tiny.model.parameters():
+            parameter.data *= 4 if parameter.dim() > 1 else 1
+    return tiny, copy.deepcopy(tiny.model)
+
+
+def run(model: nn.Module, tiny: Tiny) -> torch.Tensor:
+    with torch.no_grad():
+        return output(model, tiny.inputs).clone()
+
+
+@pytest.mark.parametrize("row", CASES, ids=name_of)
+def test_hf_peft_s_adapter_acts_the_same_here(row: Row, tmp_path: Path) -> None:
+    method, _, settings = row
+    tiny, base = pair(row)
+    plain = run(base, tiny)
+    theirs = peft.get_peft_model(tiny.model, getattr(peft, f"{method}Config")(**settings))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                scale = 0.1 if "modules_to_save" in name else 0.3
+                parameter.add_(scale * torch.randn_like(parameter))
+    theirs.eval().save_pretrained(tmp_path)
+    expected = run(theirs, tiny)
+    ours = trimtab.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(run(ours, tiny), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - plain).abs().max() > 1e-3  # else the adapter did nothing and the equality says nothing
+
+
+@pytest.mark.parametrize("row", CASES, ids=name_of)
+def test_our_adapter_acts_the_same_there(row: Row, tmp_path: Path) -> None:
+    method, _, settings = row
+    tiny, base = pair(row)
+    plain = run(base, tiny)
+    ours = trimtab.get_peft_model(tiny.model, getattr(trimtab, f"{method}Config")(**settings)).eval()
+    randomise(ours)
+    expected = run(ours, tiny)
+    ours.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Unexpected keyword")
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(run(theirs, tiny), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - plain).abs().max() > 1e-3

@@ -1,0 +1,48 @@
+"""Every method learns a small task that its base has not learnt: a few dozen steps, far below the frozen loss."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import trimtab
+from trimtab import BitFitConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig
+
+# config, learning rate, and the share of the frozen model's loss that it must get below
+CASES: dict[str, tuple[PeftConfig, float, float]] = {
+    "bitfit": (BitFitConfig(), 0.05, 0.3),
+    "ia3": (IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]), 0.05, 0.6),
+    "ln_tuning": (LNTuningConfig(), 0.05, 0.3),
+    "lora": (LoraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
+}
+
+
+def task() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A base, and labels that a neighbour of it gives: the same network, weights moved a little, vectors a lot."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 24), nn.LayerNorm(24), nn.Linear(24, 5))
+    x = torch.randn(256, 16)
+    neighbour = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 24), nn.LayerNorm(24), nn.Linear(24, 5))
+    with torch.no_grad():
+        for own, other in zip(neighbour.parameters(), base.parameters(), strict=True):
+            own.copy_(other + (0.5 if other.dim() == 1 else 0.1) * torch.randn_like(other))
+        return base, x, neighbour(x)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_learns(name: str) -> None:
+    config, rate, share = CASES[name]
+    base, x, y = task()
+    model: Any = trimtab.get_peft_model(base, config)
+    model.train()
+    frozen = F.mse_loss(model(x), y).item()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert F.mse_loss(model.eval()(x), y).item() < share * frozen
