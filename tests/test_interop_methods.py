@@ -52,6 +52,25 @@ CASES = [
     *rows("LNTuning", ["gpt2"], target_modules=["ln_1", "ln_f"]),
     *rows("LNTuning", ["opt"], target_modules=["self_attn_layer_norm", "final_layer_norm"]),
     *rows("LNTuning", ["vit"], target_modules=["layernorm_before", "layernorm"]),
+    *rows("Lora", use_dora=True, r=2, lora_alpha=6),
+    *rows("Lora", ["bert", "opt", "gpt2"], use_dora=True, r=2, bias="all"),
+    *rows("Lora", ["convolutions"], use_dora=True, r=2, target_modules=["volume", "head"]),
+    *rows("Lora", ["embeddings"], use_dora=True, r=2, target_modules=["token", "head"]),
+    *rows("Lora", ["quantized4", "quantized8"], use_dora=True, r=2, lora_alpha=3, target_modules=["first", "second"]),
+    *rows("Vera", r=5, projection_prng_key=0),
+    *rows("Vera", ["llama"], r=5, projection_prng_key=3, save_projection=False),
+    *rows("Vera", ["bert", "opt"], r=3, bias="vera_only", d_initial=0.5),
+    *rows("Vera", ["opt"], r=3, bias="all"),
+    *rows("LoHa", NO_GPT2, r=3, alpha=5),
+    *rows("LoHa", ["llama"], r=3, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 1}),
+    *rows("LoHa", ["convolutions"], r=2, target_modules=["line", "head"], use_effective_conv2d=True),
+    *rows("LoHa", ["convolutions"], r=2, target_modules=["line", "head"], use_effective_conv2d=False),
+    *rows("LoKr", NO_GPT2, r=2, alpha=5),
+    *rows("LoKr", ["llama", "mlp"], r=1, alpha=3, decompose_both=True, decompose_factor=2),
+    *rows("LoKr", ["llama"], r=8, decompose_factor=3),
+    *rows("LoKr", ["convolutions"], r=1, target_modules=["line"], use_effective_conv2d=True),
+    *rows("LoKr", ["convolutions"], r=1, target_modules=["line"], use_effective_conv2d=False),
+    *rows("LoKr", ["convolutions"], r=8, target_modules=["line"]),
 ]
 
 
@@ -78,6 +97,8 @@ def pair(row: Row) -> tuple[Tiny, nn.Module]:
     if row[1] in models.TRANSFORMERS:
         for parameter in tiny.model.parameters():
             parameter.data *= 4 if parameter.dim() > 1 else 1
+    for bits in (4, 8):
+        setattr(tiny.model, f"is_loaded_in_{bits}bit", row[1] == f"quantized{bits}")  # HF PEFT asks for it
     return tiny, copy.deepcopy(tiny.model)
 
 

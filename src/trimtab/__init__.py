@@ -27,7 +27,10 @@ from .merge import QuantizedMergeWarning
 from .methods.bitfit import BitFitConfig
 from .methods.ia3 import IA3Config
 from .methods.ln_tuning import LNTuningConfig
+from .methods.loha import LoHaConfig
+from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
+from .methods.vera import VeraConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
 
@@ -52,6 +55,8 @@ __all__ = [
     "DataError",
     "IA3Config",
     "LNTuningConfig",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MergeError",
     "PartialTargetWarning",
@@ -63,6 +68,7 @@ __all__ = [
     "TaskType",
     "Trainer",
     "TrimtabError",
+    "VeraConfig",
     "get_peft_model",
     "prepare_model_for_int8_training",
     "prepare_model_for_kbit_training",

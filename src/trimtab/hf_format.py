@@ -15,7 +15,7 @@ PREFIX = "base_model.model."
 
 
 def keys(adapters: Mapping[str, Adapter]) -> dict[tuple[str, str], str]:
-    """(module name, entry of its adapter's state) -> HF PEFT's key. What adapters share has one key, and is saved once."""
+    """(module name, entry of its adapter) -> HF PEFT's key. What adapters share has one key, so it is saved once."""
     return {
         (path, name): adapter.hf_shared.get(name) or f"{PREFIX}{_path(path, adapters)}.{adapter.hf_key(name)}"
         for path, adapter in adapters.items()

@@ -4,11 +4,17 @@ from ..adapter import PeftConfig
 from .bitfit import BitFitConfig
 from .ia3 import IA3Config
 from .ln_tuning import LNTuningConfig
+from .loha import LoHaConfig
+from .lokr import LoKrConfig
 from .lora import LoraConfig
+from .vera import VeraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
     "bitfit": BitFitConfig,
     "ia3": IA3Config,
     "ln_tuning": LNTuningConfig,
+    "loha": LoHaConfig,
+    "lokr": LoKrConfig,
     "lora": LoraConfig,
+    "vera": VeraConfig,
 }

@@ -17,14 +17,15 @@ from .bitfit import own_bias
 
 
 class Magnitude(nn.Module):
-    """m, beside a pair A (r, in, *kernel), B (out, r) of scale s."""
+    """m, beside a pair A (r, in, *kernel), B (out, r, *ones) of scale s."""
 
     def __init__(self, site: nn.Module, A: Tensor, B: Tensor, scale: float) -> None:
         super().__init__()
         shape = weights.layout(site)
         assert shape is not None
         # The shape in HF PEFT's files: (out,), and (1, out, 1, ...) on convolutions.
-        self.value = weights.new_parameter(site, *((1, shape.out, *[1] * len(shape.kernel)) if shape.kernel else (shape.out,)))
+        around = [1] if shape.kernel else []
+        self.value = weights.new_parameter(site, *around, shape.out, *[1] * len(shape.kernel))
         if not self.value.is_meta:
             with torch.no_grad():
                 self.value.copy_(_norms(site, A, B, scale).view_as(self.value))
@@ -39,7 +40,7 @@ class Magnitude(nn.Module):
         g = self.factor(site, A, B, scale).to(y.dtype)
         bias = own_bias(site)
         if isinstance(site, weights.CONVOLUTIONS):
-            g = g.view(-1, *[1] * (y.dim() - 2))
+            g = g.view(-1, *[1] * len(site.kernel_size))
             bias = None if bias is None else bias.view_as(g)
         return y + (g - 1) * (y if bias is None else y - bias) + g * low
 
@@ -60,8 +61,9 @@ class Magnitude(nn.Module):
 def _norms(site: nn.Module, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """||W + s B A|| (out,), of the base's weight."""
     W = weights.read(site).flatten(1)  # (out, in)
-    A = A.flatten(1)
+    A, B = A.flatten(1), B.flatten(1)
     own = torch.linalg.vector_norm(W, dim=1, dtype=B.dtype) ** 2
     cross = ((W @ A.to(W.dtype).T).to(B.dtype) * B).sum(1)
     low = ((B @ (A @ A.T)) * B).sum(1)
-    return (own + 2 * scale * cross + scale**2 * low).clamp_min(0).sqrt()
+    squared: Tensor = own + 2 * scale * cross + scale**2 * low
+    return squared.clamp_min(0).sqrt()

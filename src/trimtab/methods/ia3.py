@@ -50,9 +50,9 @@ class IA3Adapter(Adapter):
             nn.init.normal_(self.scale)
 
     def _times(self, site: nn.Module, values: Tensor) -> Tensor:
-        """l * values (..., features), or (B, features, ...) around convolutions."""
-        l = self.scale.to(values.dtype)  # noqa: E741 - the paper's name
-        return values * (l if isinstance(site, weights.CONVOLUTIONS) else l.flatten())
+        """l * values (..., features), or ([B,] features, ...) around convolutions."""
+        l = self.scale.flatten().to(values.dtype)  # noqa: E741 - the paper's name
+        return values * (l.view(-1, *[1] * len(site.kernel_size)) if isinstance(site, weights.CONVOLUTIONS) else l)
 
     def before(self, site: nn.Module, x: Tensor) -> Tensor:
         return self._times(site, x) if self.feedforward else x

@@ -25,14 +25,14 @@ class LoraAdapter(Adapter):
     def __init__(
         self, site: nn.Module, r: int, scale: float, dropout: float, init: bool | str, dora: bool = False
     ) -> None:
-        """A (r, in, *kernel) and B (out, r / groups); scale is s, dropout a probability."""
+        """A (r, in, *kernel) and B (out, r / groups, *ones); scale is s, dropout a probability."""
         super().__init__()
         shape = weights.layout(site)
         assert shape is not None
         self.scale, self.dropout = scale, dropout
         self.embeds = isinstance(site, nn.Embedding)
         self.A = weights.new_parameter(site, r, shape.into, *shape.kernel)
-        self.B = weights.new_parameter(site, shape.out, r // shape.groups)
+        self.B = weights.new_parameter(site, shape.out, r // shape.groups, *[1] * len(shape.kernel))
         self.bias: TrainedBias | None = None
         self._initialise(init)
         self.magnitude = Magnitude(site, self.A, self.B, scale) if dora else None
@@ -57,14 +57,14 @@ class LoraAdapter(Adapter):
         # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
         dtype = y.dtype if self.embeds else x.dtype
         h = weights.linear(site, x, self.A.to(dtype)) * self.scale
-        low = weights.mix(site, h, self.B.to(dtype)).to(y.dtype)
+        low = weights.mix(site, h, self.B.flatten(1).to(dtype)).to(y.dtype)
         y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, self.A, self.B, self.scale)
         return y if self.bias is None else self.bias.add(site, y)
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         if self.B.shape[1] != len(self.A):
             raise MergeError("A grouped convolution sees its own share of the channels; LoRA's A sees all of them.")
-        delta = (self.B @ self.A.flatten(1)).view(weight.shape) * self.scale
+        delta = (self.B.flatten(1) @ self.A.flatten(1)).view(weight.shape) * self.scale
         merged = weight + delta.to(weight.dtype)
         return merged if self.magnitude is None else self.magnitude.fold(site, merged, self.A, self.B, self.scale)
 

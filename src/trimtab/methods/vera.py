@@ -41,14 +41,15 @@ class VeraAdapter(Adapter):
     }  # fmt: skip
     hf_shared: ClassVar[dict[str, str]] = {"shared.A": "base_model.vera_A", "shared.B": "base_model.vera_B"}
 
-    def __init__(self, site: nn.Module, shared: Projections, d_initial: float, dropout: float, init: bool) -> None:
+    shared: Projections  # one for all sites: VeraConfig.adapters knows how wide, and puts it in
+
+    def __init__(self, site: nn.Module, r: int, d_initial: float, dropout: float, init: bool) -> None:
         super().__init__()
         shape = weights.layout(site)
         assert shape is not None
         self.out, self.into, self.dropout = shape.out, shape.into, dropout
-        self.shared = shared
         self.lambda_b = weights.new_parameter(site, shape.out)
-        self.lambda_d = weights.new_parameter(site, len(shared.A))
+        self.lambda_d = weights.new_parameter(site, r)
         self.bias: TrainedBias | None = None
         if init:
             nn.init.zeros_(self.lambda_b)
@@ -57,19 +58,19 @@ class VeraAdapter(Adapter):
             nn.init.ones_(self.lambda_b)
             nn.init.normal_(self.lambda_d)
 
-    def _own(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of this site."""
-        return self.shared.A[:, : self.into], self.shared.B[: self.out]
+    def _own(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of this site, in the type and on the device of another tensor."""
+        return self.shared.A[:, : self.into].to(like), self.shared.B[: self.out].to(like)
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        A, B = self._own()
-        h = F.linear(F.dropout(x, self.dropout, self.training), A.to(x.dtype)) * self.lambda_d.to(x.dtype)
-        y = y + (F.linear(h, B.to(x.dtype)) * self.lambda_b.to(x.dtype)).to(y.dtype)
+        A, B = self._own(x)
+        h = F.linear(F.dropout(x, self.dropout, self.training), A) * self.lambda_d.to(x.dtype)
+        y = y + (F.linear(h, B) * self.lambda_b.to(x.dtype)).to(y.dtype)
         return y if self.bias is None else self.bias.add(site, y)
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
-        A, B = self._own()
-        delta = (self.lambda_b[:, None] * B.to(self.lambda_b.dtype)) @ (self.lambda_d[:, None] * A.to(self.lambda_d.dtype))
+        A, B = self._own(self.lambda_b)
+        delta = (self.lambda_b[:, None] * B) @ (self.lambda_d[:, None] * A)
         return weight + delta.to(weight.dtype)
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
@@ -107,18 +108,18 @@ class VeraConfig(TargetConfig):
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         made = super().adapters(model)
-        own = [adapter for adapter in made.values() if isinstance(adapter, VeraAdapter)]
-        shared = self._projections(max(adapter.out for adapter in own), max(adapter.into for adapter in own))
-        device = own[0].lambda_b.device
-        for adapter in own:
-            adapter.shared = shared if device.type == "meta" else shared.to(device)
+        own = {name: adapter for name, adapter in made.items() if isinstance(adapter, VeraAdapter)}
+        out, into = max(adapter.out for adapter in own.values()), max(adapter.into for adapter in own.values())
+        shared = Projections(out, into, self.r, self.projection_prng_key, self.save_projection)
+        stored = weights.parameter(model.get_submodule(next(iter(own))))
+        if stored is not None and not stored.is_meta:
+            shared = shared.to(stored.device)
+        for adapter in own.values():
+            adapter.shared = shared
         return add_biases(made, model) if self.bias == "all" else made
 
     def build(self, name: str, site: nn.Module) -> VeraAdapter:
-        adapter = VeraAdapter(site, self._projections(1, 1), self.d_initial, self.vera_dropout, self.init_weights)
+        adapter = VeraAdapter(site, self.r, self.d_initial, self.vera_dropout, self.init_weights)
         if self.bias != "none" and own_bias(site) is not None:
             adapter.bias = TrainedBias(site)
         return adapter
-
-    def _projections(self, out: int, into: int) -> Projections:
-        return Projections(out, into, self.r, self.projection_prng_key, self.save_projection)
