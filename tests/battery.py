@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab import (
+    AdaLoraConfig,
     BitFitConfig,
     IA3Config,
     LNTuningConfig,
@@ -81,6 +82,14 @@ ALL_SMALL_CONFIGS = [
          skips={"merge": "A sees all channels, a grouped convolution its own share, so no such weight exists"}),
     lora("lora-encoder", models.encoder, target_modules="all-linear", bias="lora_only"),
     lora("lora-attention", models.encoder, target_modules=["self_attn", "out_proj"]),
+    Case("adalora", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, lora_alpha=5, orth_reg_weight=0,
+                                  target_modules=["first", "second"])),
+    Case("adalora-vit", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, lora_dropout=0.2, orth_reg_weight=0,
+                                      target_modules=["q_proj", "projection"]), models.vit),
+    Case("adalora-gpt2", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, lora_alpha=30, orth_reg_weight=0,
+                                       target_modules=["c_attn", "c_fc"]), models.gpt2),
+    Case("adalora-encoder", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, orth_reg_weight=0,
+                                          target_modules=["self_attn", "linear1"]), models.encoder),
     Case("ia3", IA3Config(target_modules=["first", "second"], feedforward_modules=["second"])),
     Case("ia3-llama", IA3Config(), models.llama, COARSE),
     Case("ia3-gpt2", IA3Config(), partial(models.gpt2, initializer_range=0.2)),

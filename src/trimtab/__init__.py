@@ -24,6 +24,7 @@ from .errors import (
 )
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .merge import QuantizedMergeWarning
+from .methods.adalora import AdaLoraConfig
 from .methods.bitfit import BitFitConfig
 from .methods.ia3 import IA3Config
 from .methods.ln_tuning import LNTuningConfig
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoraConfig",
     "Adapter",
     "AdapterError",
     "AutoPeftModel",

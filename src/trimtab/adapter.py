@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import files, weights
 from .errors import CheckpointError, ConfigError, MergeError, did_you_mean
@@ -129,6 +131,7 @@ class PeftConfig(BaseModel, ABC):
     peft_type: ClassVar[str]
     hf_prefix: ClassVar[str] = ""  # with which HF PEFT's names of this method's weights begin
     hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's keywords not offered here -> the value that switches them off
+    found_in_training: ClassVar[frozenset[str]] = frozenset()  # settings that training writes, loaded with the weights
     not_in_hf: ClassVar[frozenset[str]] = frozenset()  # keywords HF PEFT lacks: left out of the file while None
 
     task_type: TaskType | None = None
@@ -164,6 +167,24 @@ class PeftConfig(BaseModel, ABC):
         Raises:
             TargetError: nothing matches, or a matching module cannot be adapted.
         """
+
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """A term to add to the loss in training, or None. `adapters` are this config's, by module name."""
+        return None
+
+    def stepped(self, adapters: Mapping[str, Adapter], optimizer: Optimizer) -> None:
+        """What is done after each step of the optimizer that trains these adapters, while gradients are still there.
+
+        What must outlast an interruption belongs into `optimizer.state`, which is saved and resumed.
+        """
+
+    def packed(self, path: str, entry: str, value: Tensor) -> Tensor:
+        """What a file holds of the entry of the adapter at a module: by default all of it."""
+        return value
+
+    def unpacked(self, path: str, entry: str, value: Tensor, into: Tensor) -> Tensor:
+        """The entry, from what a file holds of it; `into` is what is there now, and must not be changed."""
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         settings = self.model_dump(mode="json")

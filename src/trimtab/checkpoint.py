@@ -28,8 +28,8 @@ def save(model: nn.Module, folder: str | Path, name: str, values: Mapping[str, T
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is a file; an adapter is saved to a folder.")
-    tensors = hf_format.state(own.adapters(name), values, name)
     config = own.configs[name].model_copy(update={"inference_mode": True})
+    tensors = hf_format.state(config, own.adapters(name), values, name)
     metadata = {"format": "pt", "base_model_class": type(model).__name__, "base_model_type": _model_type(model)}
     files.commit(
         Path(folder),
@@ -55,7 +55,7 @@ def load(model: nn.Module, folder: str | Path, name: str, config: PeftConfig | N
             made = attach.plan(model, config, name)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"The adapter in {folder} does not fit {type(model).__name__}: {error}") from None
-    fill(model, made.adapters, where)
+    fill(model, made.config, made.adapters, where)
     attach.install(model, made)
 
 
@@ -68,11 +68,18 @@ def load_weights(model: nn.Module, folder: str | Path, name: str) -> None:
     own = trunk(model)
     if name not in own.configs:
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
-    fill(model, own.adapters(name), _weights(folder))
+    found = PeftConfig.from_pretrained(folder)
+    config = own.configs[name]
+    if type(found) is not type(config):
+        raise CheckpointError(f"{folder} holds {found.peft_type}; the adapter {name!r} is {config.peft_type}.")
+    update = {setting: getattr(found, setting) for setting in config.found_in_training}
+    config = config.model_copy(update=update)
+    fill(model, config, own.adapters(name), _weights(folder))
+    own.configs[name] = config
 
 
-def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path) -> None:
-    """Read the file into the adapters, after checking that its keys and shapes are exactly theirs."""
+def fill(model: nn.Module, config: PeftConfig, adapters: Mapping[str, Adapter], where: Path) -> None:
+    """Read the file into this config's adapters, after checking that its keys and shapes are exactly theirs."""
     keys = hf_format.keys(adapters)
     try:
         tensors = load_file(where)
@@ -81,6 +88,9 @@ def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path) -> None
     wanted = {key: adapters[path].state_dict()[entry] for (path, entry), key in keys.items()}
     missing = [key for key in wanted if key not in tensors]
     extra = [key for key in tensors if key not in wanted and not _is_the_base_s(key, tensors[key], model)]
+    for (path, entry), key in keys.items():
+        if key in tensors:
+            tensors[key] = config.unpacked(path, entry, tensors[key], wanted[key])
     shapes = {key: (tensors[key].shape, wanted[key].shape) for key in wanted if key in tensors}
     wrong = [f"{key} is {tuple(a)} in the file, {tuple(b)} here" for key, (a, b) in shapes.items() if a != b]
     problems = {"Missing": missing, "Unexpected": extra, "Of the wrong shape": wrong}

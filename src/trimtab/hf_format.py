@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from . import weights
-from .adapter import Adapter
+from .adapter import Adapter, PeftConfig
 
 PREFIX = "base_model.model."
 
@@ -33,7 +33,9 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
     return ".".join(written)
 
 
-def state(adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
+def state(
+    config: PeftConfig, adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str
+) -> dict[str, Tensor]:
     """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given."""
     found = {}
     for (path, entry), key in keys(adapters).items():
@@ -45,7 +47,8 @@ def state(adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, 
         else:
             tensor = adapters[path].state_dict()[entry]
         gather = getattr(tensor, "full_tensor", None)  # sharded by FSDP2
-        found[key] = (gather() if gather else tensor).detach().cpu().contiguous()
+        whole = config.packed(path, entry, gather() if gather else tensor)
+        found[key] = whole.detach().cpu().contiguous()
     return found
 
 

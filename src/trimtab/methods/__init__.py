@@ -1,6 +1,7 @@
 """The methods: one file each, and the table of their names."""
 
 from ..adapter import PeftConfig
+from .adalora import AdaLoraConfig
 from .bitfit import BitFitConfig
 from .ia3 import IA3Config
 from .ln_tuning import LNTuningConfig
@@ -10,6 +11,7 @@ from .lora import LoraConfig
 from .vera import VeraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
+    "adalora": AdaLoraConfig,
     "bitfit": BitFitConfig,
     "ia3": IA3Config,
     "ln_tuning": LNTuningConfig,
