@@ -24,6 +24,7 @@ import trimtab
 from trimtab import (
     AdaLoraConfig,
     BitFitConfig,
+    BottleneckConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
@@ -55,6 +56,7 @@ def lora(id: str, tiny: Callable[[], Tiny] = models.mlp, skips: dict[str, str] |
 
 
 REPLACES = {"nest": "two trained copies of one module cannot act together; they are refused"}
+BENT = {"merge": "a non-linearity lies between the two matrices, so no weight does the same"}
 COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}
 
 ALL_SMALL_CONFIGS = [
@@ -90,6 +92,16 @@ ALL_SMALL_CONFIGS = [
                                        target_modules=["c_attn", "c_fc"]), models.gpt2),
     Case("adalora-encoder", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, orth_reg_weight=0,
                                           target_modules=["self_attn", "linear1"]), models.encoder),
+    Case("bottleneck", BottleneckConfig(target_modules=["first", "norm"], reduction_factor=2, non_linearity="tanh"),
+         skips=BENT),
+    Case("bottleneck-houlsby", BottleneckConfig(variant="houlsby", reduction_factor=4, non_linearity="silu",
+                                                layer_norm="before", drop_first=1, dropout=0.3), models.opt, BENT),
+    Case("bottleneck-pfeiffer", BottleneckConfig(reduction_factor=2, non_linearity="gelu", layer_norm="after"),
+         models.gpt2, BENT),
+    Case("bottleneck-parallel", BottleneckConfig(variant="parallel", reduction_factor=8, non_linearity="tanh"),
+         models.bert, BENT | {"nest": "the adapter at the part's end takes the input that the one at its start keeps"}),
+    Case("bottleneck-modules", BottleneckConfig(target_modules=["self_attn", "mlp"], non_linearity="tanh"),
+         models.llama, BENT | COARSE),
     Case("ia3", IA3Config(target_modules=["first", "second"], feedforward_modules=["second"])),
     Case("ia3-llama", IA3Config(), models.llama, COARSE),
     Case("ia3-gpt2", IA3Config(), partial(models.gpt2, initializer_range=0.2)),

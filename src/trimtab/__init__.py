@@ -26,6 +26,7 @@ from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_traini
 from .merge import QuantizedMergeWarning
 from .methods.adalora import AdaLoraConfig
 from .methods.bitfit import BitFitConfig
+from .methods.bottleneck import BottleneckConfig
 from .methods.ia3 import IA3Config
 from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
@@ -52,6 +53,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
+    "BottleneckConfig",
     "CheckpointError",
     "ConfigError",
     "DataError",

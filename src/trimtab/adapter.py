@@ -54,6 +54,8 @@ class Adapter(nn.Module):
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
 
+    not_merged: ClassVar[str] = "it is no linear map of its input"  # the reason, where `merged` is not given
+
     def __init__(self) -> None:
         super().__init__()
         self.replacement = None
@@ -72,7 +74,8 @@ class Adapter(nn.Module):
         Raises:
             MergeError: the method is no linear map of the input, or not with one weight.
         """
-        raise MergeError(f"{type(self).__name__} cannot be folded into a weight. Keep the adapter attached instead.")
+        raise MergeError(f"{type(self).__name__} cannot be folded into a weight: {self.not_merged}. "
+                         "Keep the adapter attached instead.")  # fmt: skip
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         """The bias (out,) with this adapter folded in."""

@@ -113,6 +113,9 @@ def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
     if not others:
         return
     shape = weights.layout(site)
+    for adapter in others:
+        if type(adapter).merged is Adapter.merged:  # asked here too, for sites that have no weight to ask it with
+            adapter.merged(site, torch.empty(0))
     bias_name = shape.bias if shape else "bias"
     bias = site._parameters.get(bias_name)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from ..adapter import PeftConfig
 from .adalora import AdaLoraConfig
 from .bitfit import BitFitConfig
+from .bottleneck import BottleneckConfig
 from .ia3 import IA3Config
 from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
@@ -13,6 +14,7 @@ from .vera import VeraConfig
 METHODS: dict[str, type[PeftConfig]] = {
     "adalora": AdaLoraConfig,
     "bitfit": BitFitConfig,
+    "bottleneck": BottleneckConfig,
     "ia3": IA3Config,
     "ln_tuning": LNTuningConfig,
     "loha": LoHaConfig,
