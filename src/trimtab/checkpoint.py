@@ -28,8 +28,9 @@ def save(model: nn.Module, folder: str | Path, name: str, values: Mapping[str, T
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is a file; an adapter is saved to a folder.")
-    tensors = hf_format.state(own.adapters(name), values, name)
-    config = own.configs[name].model_copy(update={"inference_mode": True})
+    config = own.configs[name]
+    tensors = hf_format.state(own.adapters(name), values, name, config.hf_root)
+    config = config.model_copy(update={"inference_mode": True})
     metadata = {"format": "pt", "base_model_class": type(model).__name__, "base_model_type": _model_type(model)}
     files.commit(
         Path(folder),
@@ -55,7 +56,7 @@ def load(model: nn.Module, folder: str | Path, name: str, config: PeftConfig | N
             made = attach.plan(model, config, name)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"The adapter in {folder} does not fit {type(model).__name__}: {error}") from None
-    fill(model, made.adapters, where)
+    fill(model, made.adapters, where, config.hf_root)
     attach.install(model, made)
 
 
@@ -68,19 +69,23 @@ def load_weights(model: nn.Module, folder: str | Path, name: str) -> None:
     own = trunk(model)
     if name not in own.configs:
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
-    fill(model, own.adapters(name), _weights(folder))
+    fill(model, own.adapters(name), _weights(folder), own.configs[name].hf_root)
 
 
-def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path) -> None:
+def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path, root: str) -> None:
     """Read the file into the adapters, after checking that its keys and shapes are exactly theirs."""
-    keys = hf_format.keys(adapters)
     try:
         tensors = load_file(where)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is damaged or no safetensors file: {error}.") from None
+    for adapter in adapters.values():
+        adapter.expect(tensors)
+    keys = hf_format.keys(adapters, root)
+    computed = {key for adapter in adapters.values() for key in adapter.hf_computed}
     wanted = {key: adapters[path].state_dict()[entry] for key, (path, entry) in keys.items()}
     missing = [key for key in wanted if key not in tensors]
-    extra = [key for key in tensors if key not in wanted and not _is_the_base_s(key, tensors[key], model)]
+    others = [key for key in tensors if key not in wanted and key not in computed]
+    extra = [key for key in others if not _is_the_base_s(key, tensors[key], model, root)]
     shapes = {key: (tensors[key].shape, wanted[key].shape) for key in wanted if key in tensors}
     wrong = [f"{key} is {tuple(a)} in the file, {tuple(b)} here" for key, (a, b) in shapes.items() if a != b]
     problems = {"Missing": missing, "Unexpected": extra, "Of the wrong shape": wrong}
@@ -99,8 +104,8 @@ def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path) -> None
         adapter.load_state_dict(state, assign=any(value.is_meta for value in adapter.state_dict().values()))
 
 
-def _is_the_base_s(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    own = hf_format.base_value(key, model)
+def _is_the_base_s(key: str, tensor: Tensor, model: nn.Module, root: str) -> bool:
+    own = hf_format.base_value(key, model, root)
     return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
 
 
@@ -149,7 +154,7 @@ def describe(folder: str | Path) -> Description:
         with safe_open(where, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - not a dict
                 shape = tuple(opened.get_slice(key).get_shape())
-                path, end = hf_format.split(key, config.hf_prefix)
+                path, end = hf_format.split(key, config.hf_prefix, config.hf_root)
                 sites.setdefault(path, {})[end] = shape
                 parameters += int(torch.Size(shape).numel())
     except SafetensorError as error:

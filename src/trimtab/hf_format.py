@@ -1,26 +1,26 @@
 """HF PEFT's file format: which key of adapter_model.safetensors holds which parameter.
 
-HF PEFT wraps: module `a.b` of the user's model is `base_model.model.a.b` there, and what lies inside an adapted
-module lies inside its `base_layer`. The rest of a key is the method's (`Adapter.hf_key`).
+HF PEFT wraps: module `a.b` of the user's model is `base_model.model.a.b` there (`base_model.a.b` beside prompts:
+`PeftConfig.hf_root`), and what lies inside an adapted module lies inside its `base_layer`. The rest of a key is the
+method's (`Adapter.hf_key`).
 """
 
+import copy
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from . import weights
-from .adapter import Adapter
-
-PREFIX = "base_model.model."
+from .adapter import Adapter, InputAdapter
 
 
-def keys(adapters: Mapping[str, Adapter]) -> dict[str, tuple[str, str]]:
+def keys(adapters: Mapping[str, Adapter], root: str) -> dict[str, tuple[str, str]]:
     """HF PEFT's key of each entry of the adapters' state -> (module name, entry name)."""
-    return {
-        f"{PREFIX}{_path(path, adapters)}.{adapter.hf_key(name)}": (path, name)
-        for path, adapter in adapters.items()
-        for name in adapter.state_dict()
-    }
+    found = {}
+    for path, adapter in adapters.items():
+        before = "" if isinstance(adapter, InputAdapter) else f"{root}{_path(path, adapters)}."
+        found |= {before + adapter.hf_key(name): (path, name) for name in adapter.state_dict()}
+    return found
 
 
 def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
@@ -28,28 +28,37 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
     written = []
     for depth, part in enumerate(parts, 1):
         written.append(part)
-        if depth < len(parts) and ".".join(parts[:depth]) in adapters:
+        above = adapters.get(".".join(parts[:depth])) if depth < len(parts) else None
+        if above is not None and not isinstance(above, InputAdapter):
             written.append("base_layer")
     return ".".join(written)
 
 
-def state(adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
+def state(
+    adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str, root: str
+) -> dict[str, Tensor]:
     """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given."""
     found = {}
-    for key, (path, entry) in keys(adapters).items():
-        full = f"{path}.adapters.{name}.{entry}"
+    for key, (path, entry) in keys(adapters, root).items():
+        full = f"{path}.adapters.{name}.{entry}".removeprefix(".")
         if values is not None and full in values:
             tensor = values[full]
         else:
             tensor = adapters[path].state_dict()[entry]
         gather = getattr(tensor, "full_tensor", None)  # sharded by FSDP2
         found[key] = (gather() if gather else tensor).detach().cpu().contiguous()
+    for path, adapter in adapters.items():
+        if adapter.hf_computed:
+            own = {entry: found[key] for key, (at, entry) in keys({path: adapter}, root).items()}
+            whole = copy.deepcopy(adapter).cpu()
+            whole.load_state_dict(own, assign=True)
+            found |= {key: tensor.detach().contiguous() for key, tensor in whole.computed().items()}
     return found
 
 
-def base_value(key: str, model: nn.Module) -> Tensor | None:
+def base_value(key: str, model: nn.Module, root: str) -> Tensor | None:
     """The base's own tensor that a key names: HF PEFT saves frozen ones too (`save_embedding_layers`, bias="all")."""
-    path, _, entry = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    path, _, entry = key.removeprefix(root).replace(".base_layer.", ".").rpartition(".")
     site: nn.Module | None = dict(model.named_modules()).get(path)
     if site is None:
         return None
@@ -59,9 +68,9 @@ def base_value(key: str, model: nn.Module) -> Tensor | None:
     return site._parameters.get(entry)
 
 
-def split(key: str, prefix: str) -> tuple[str, str]:
+def split(key: str, prefix: str, root: str) -> tuple[str, str]:
     """A key as (module name, end); the end begins at the part that starts with the method's own prefix."""
-    parts = key.removeprefix(PREFIX).replace(".base_layer.", ".").split(".")
+    parts = key.removeprefix(root).replace(".base_layer.", ".").split(".")
     own = [place for place, part in enumerate(parts) if prefix and part.startswith(prefix)]
     cut = own[-1] if own else len(parts) - 1
     return ".".join(parts[:cut]), ".".join(parts[cut:])
