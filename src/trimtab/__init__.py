@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .adapter import Adapter, PeftConfig, TaskType
+from .adapter import Adapter, InputAdapter, PeftConfig, TaskType
 from .auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -25,8 +25,12 @@ from .errors import (
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .merge import QuantizedMergeWarning
 from .methods.lora import LoraConfig
+from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .methods.prefix_tuning import PrefixTuningConfig
+from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
+from .tokens import nearest_tokens
 
 if TYPE_CHECKING:
     from .training import Trainer
@@ -46,11 +50,17 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "InputAdapter",
     "LoraConfig",
     "MergeError",
     "PartialTargetWarning",
     "PeftConfig",
     "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "QuantizedMergeWarning",
     "RecipeError",
     "TargetError",
@@ -58,6 +68,7 @@ __all__ = [
     "Trainer",
     "TrimtabError",
     "get_peft_model",
+    "nearest_tokens",
     "prepare_model_for_int8_training",
     "prepare_model_for_kbit_training",
 ]

@@ -16,7 +16,7 @@ from .adapter import Adapter, InputAdapter
 
 def keys(adapters: Mapping[str, Adapter], root: str) -> dict[str, tuple[str, str]]:
     """HF PEFT's key of each entry of the adapters' state -> (module name, entry name)."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for path, adapter in adapters.items():
         before = "" if isinstance(adapter, InputAdapter) else f"{root}{_path(path, adapters)}."
         found |= {before + adapter.hf_key(name): (path, name) for name in adapter.state_dict()}

@@ -220,8 +220,8 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
     """Raise a TargetError where this adapter would not act at this module."""
     if isinstance(adapter, InputAdapter) != isinstance(module, InputSite) and isinstance(module, AnySite):
         raise TargetError(
-            f"{name or type(module).__name__} has adapters of its {'input' if isinstance(module, InputSite) else 'own'} "
-            f"already: {type(adapter).__name__} cannot act there too. Adapt other modules, or delete those."
+            f"{name or type(module).__name__} has an adapter of another kind, beside which {type(adapter).__name__} "
+            "cannot act: one changes its arguments, the other runs around it. Delete the first, or adapt other modules."
         )
     if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
         raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
