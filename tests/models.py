@@ -55,7 +55,8 @@ def llama(**settings: Any) -> Tiny:
     config = LlamaConfig(
         **{
             "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+            "pad_token_id": 0,
             "bos_token_id": 1, "eos_token_id": 2, **settings,
         }
     )  # fmt: skip
@@ -70,7 +71,8 @@ def bert(**settings: Any) -> Tiny:
     config = BertConfig(
         **{
             "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 64, "num_labels": 3, "hidden_dropout_prob": 0.0,
+            "num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+            "num_labels": 3, "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, **settings,
         }
     )  # fmt: skip
@@ -102,7 +104,7 @@ def vit(**settings: Any) -> Tiny:
     torch.manual_seed(0)
     config = ViTConfig(
         **{
-            "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": 16, "intermediate_size": 24,
+            "image_size": 8, "patch_size": 4, "num_channels": 3, "initializer_range": 0.2, "hidden_size": 16, "intermediate_size": 24,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3, "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0, **settings,
         }
@@ -119,7 +121,7 @@ def gpt2(**settings: Any) -> Tiny:
     torch.manual_seed(0)
     config = GPT2Config(
         **{
-            "vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24,
+            "vocab_size": VOCABULARY, "n_positions": 64, "initializer_range": 0.2, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24,
             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2, **settings,
         }
     )  # fmt: skip
@@ -136,7 +138,8 @@ def opt(**settings: Any) -> Tiny:
     config = OPTConfig(
         **{
             "vocab_size": VOCABULARY, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 16, "dropout": 0.0,
+            "num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+            "word_embed_proj_dim": 16, "dropout": 0.0,
             "attention_dropout": 0.0, "layerdrop": 0.0, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
             **settings,
         }

@@ -4,8 +4,10 @@ Merging puts new parameter objects in place and keeps the old ones, so unmerging
 subtracting a delta drifts), ties between weights, and quantized storage.
 """
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -67,6 +69,22 @@ def unmerge(model: nn.Module) -> None:
     own.active.merged = ()
 
 
+@contextlib.contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """The base's own weights inside the block; after it the very ones that were merged, not merged anew."""
+    own = trunk(model)
+    names = own.active.merged
+    folded = [(site, _parts(site)) for site in own.sites.values() if "_kept" in vars(site)]
+    unmerge(model)
+    try:
+        yield
+    finally:
+        for site, parts in folded:
+            vars(site)["_kept"] = _parts(site)
+            _put(site, parts)
+        own.active.merged = names
+
+
 def merge_and_detach(model: nn.Module, names: list[str] | None = None, safe: bool = False) -> None:
     """Fold adapters in for good and remove them all."""
     own = trunk(model)
@@ -85,7 +103,7 @@ def merge_and_detach(model: nn.Module, names: list[str] | None = None, safe: boo
 
 def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
     adapters = [cast(Adapter, site.adapters[name]) for name in names if name in site.adapters]
-    vars(site)["_kept"] = {part: _shallow(vars(site)[part]) for part in PARTS if part in vars(site)}
+    vars(site)["_kept"] = _parts(site)
     replaced = [adapter for adapter in adapters if adapter.replacement is not None]
     others = [adapter for adapter in adapters if adapter.replacement is None]
     for adapter in replaced:
@@ -109,8 +127,10 @@ def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
         site._parameters[bias_name] = nn.Parameter(new_bias, requires_grad=False)
 
 
-def _shallow(part: Any) -> Any:
-    return dict(part) if isinstance(part, dict) else part
+def _parts(site: nn.Module) -> dict[str, Any]:
+    """What folding changes, as it is now."""
+    parts = {part: vars(site)[part] for part in PARTS if part in vars(site)}
+    return {part: dict(value) if isinstance(value, dict) else value for part, value in parts.items()}
 
 
 def _put_in(site: nn.Module, trained: nn.Module) -> None:
@@ -121,14 +141,18 @@ def _put_in(site: nn.Module, trained: nn.Module) -> None:
 
 def _restore(own: Trunk) -> None:
     for site in own.sites.values():
-        for part, value in vars(site).pop("_kept", {}).items():
-            if part == "_parameters":
-                for name, parameter in value.items():
-                    _follow(parameter, site._parameters[name])
-            if isinstance(value, dict):
-                vars(site)[part].update(value)
-            else:
-                vars(site)[part] = value
+        _put(site, vars(site).pop("_kept", {}))
+
+
+def _put(site: nn.Module, parts: dict[str, Any]) -> None:
+    for part, value in parts.items():
+        if part == "_parameters":
+            for name, parameter in value.items():
+                _follow(parameter, site._parameters[name])
+        if isinstance(value, dict):
+            vars(site)[part].update(value)
+        else:
+            vars(site)[part] = value
 
 
 def _follow(parameter: Tensor | None, merged: Tensor | None) -> None:

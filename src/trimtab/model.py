@@ -197,15 +197,8 @@ class PeftModel(sites.Swapped, nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model's own outputs inside the `with` block, also while adapters are merged."""
-        merged = list(trunk(self).active.merged)
-        if merged:
-            merge.unmerge(self)
-        try:
-            with attach.disabled(self):
-                yield
-        finally:
-            if merged:
-                merge.merge(self, merged)
+        with merge.unmerged(self), attach.disabled(self):
+            yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (the active ones by default) into the base's weights until `unmerge_adapter`."""

@@ -5,6 +5,7 @@ store it otherwise: transposed (Embedding, GPT-2's Conv1D), under another name (
 (bitsandbytes, torchao).
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from .errors import MergeError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,12 @@ def linear(site: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """The site's own map with another weight (n, in, *kernel) in place of its own, and no bias.
 
     For linear layers x (..., in) -> (..., n), for embeddings ids (...) -> (..., n), for convolutions
-    (B, in, ...) -> (B, n, ...) with the site's stride, padding and dilation. Grouping is not applied:
-    the n rows see all inputs.
+    (B, in, ...) -> (B, n, ...), batched or not, with the site's stride, padding and dilation. Grouping is not
+    applied: the n rows see all inputs.
     """
     if isinstance(site, nn.Embedding):
-        return F.embedding(x, weight.T) * getattr(site, "embed_scale", 1.0)  # Gemma scales what it looks up
+        found = F.embedding(x, weight.T, site.padding_idx)
+        return found * getattr(site, "embed_scale", 1.0)  # Gemma scales what it looks up
     if isinstance(site, CONVOLUTIONS):
         return _convolve(site, x, weight)
     return F.linear(x, weight)
@@ -152,10 +155,7 @@ def _convolve(site: Any, x: Tensor, weight: Tensor) -> Tensor:
     padding = site.padding
     if site.padding_mode != "zeros":
         x, padding = F.pad(x, site._reversed_padding_repeated_twice, mode=site.padding_mode), 0
-    convolve: Any = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[
-        next(kind for kind in CONVOLUTIONS if isinstance(site, kind))
-    ]
-    result: Tensor = convolve(x, weight, None, site.stride, padding, site.dilation)
+    result: Tensor = _CONVOLVE[len(site.kernel_size)](x, weight, None, site.stride, padding, site.dilation)
     return result
 
 
@@ -166,8 +166,8 @@ def mix(site: nn.Module, h: Tensor, weight: Tensor) -> Tensor:
     """
     if not isinstance(site, CONVOLUTIONS):
         return F.linear(h, weight)
-    convolve: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[h.dim()]
-    result: Tensor = convolve(h, weight[(...,) + (None,) * (h.dim() - 2)], groups=site.groups)
+    dimensions = len(site.kernel_size)
+    result: Tensor = _CONVOLVE[dimensions](h, weight[(...,) + (None,) * dimensions], groups=site.groups)
     return result
 
 
@@ -178,19 +178,27 @@ def _read_4bit(weight: Any) -> Tensor:
     import bitsandbytes.functional as bnb
 
     data, state = weight.data, weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):  # some processors repack at the first forward pass
+    if _is_repacked(state):
         from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse as unpack
 
+        state = copy.copy(state)  # `unpack` writes to it
+        state.original_nested = False  # the scales are plain by now, and compressing them again would round them
         data, state = unpack(data, state)
     dense: Tensor = bnb.dequantize_4bit(data, state)
     return dense
 
 
+def _is_repacked(state: Any) -> bool:
+    """Some processors pack 4-bit weights another way, at the first forward pass."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 def _like_4bit(old: Any, weight: Tensor) -> nn.Parameter:
     from bitsandbytes.nn import Params4bit
 
+    state = old.quant_state
     new = Params4bit(
-        weight.to(old.quant_state.dtype).contiguous(),
+        weight.to(state.original_dtype if _is_repacked(state) else state.dtype).contiguous(),
         requires_grad=False,
         blocksize=old.blocksize,
         compress_statistics=old.compress_statistics,

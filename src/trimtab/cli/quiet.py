@@ -16,5 +16,6 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised as well
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from .. import weights
 from ..adapter import Adapter
 
-CHANNELS_FIRST = (*weights.CONVOLUTIONS, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 class TrainedBias(nn.Module):
@@ -16,14 +16,13 @@ class TrainedBias(nn.Module):
         bias = own_bias(site)
         assert bias is not None
         self.value = nn.Parameter(bias.detach().to(weights.master_dtype(bias.dtype), copy=True))
-        self.channels_first = isinstance(site, CHANNELS_FIRST)
 
     def add(self, site: nn.Module, y: Tensor) -> Tensor:
-        """y (..., out) or, after convolutions, (B, out, ...)."""
+        """y (..., out) or, after convolutions and norms of channels, (B, out, ...)."""
         bias = own_bias(site)
         assert bias is not None
         shift = (self.value - bias).to(y.dtype)
-        return y + (shift.view(-1, *[1] * (y.dim() - 2)) if self.channels_first else shift)
+        return y + shift.view(-1, *[1] * _behind_channels(site, y))
 
     def fold(self, site: nn.Module, bias: Tensor | None) -> Tensor:
         own = own_bias(site)
@@ -50,6 +49,15 @@ class BiasAdapter(Adapter):
 
     def hf_key(self, name: str) -> str:
         return self.name
+
+
+def _behind_channels(site: nn.Module, y: Tensor) -> int:
+    """The number of dimensions of y that follow its channels."""
+    if isinstance(site, nn.modules.conv._ConvNd):
+        return len(site.kernel_size)  # y may lack the batch
+    if isinstance(site, nn.modules.instancenorm._InstanceNorm):
+        return site._get_no_batch_dim() - 1  # the same
+    return y.dim() - 2 if isinstance(site, CHANNELS_FIRST) else 0
 
 
 def bias_name(site: nn.Module) -> str:

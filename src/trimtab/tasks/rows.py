@@ -1,5 +1,7 @@
 """Read a data file, csv, tsv, json, jsonl or parquet, each also gzipped, through `datasets`."""
 
+import gzip
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,14 +36,26 @@ def read(path: Path) -> Any:
     kind, settings = FORMATS[suffix.lower()]
     try:
         with tempfile.TemporaryDirectory() as scratch:
+            plain = Path(scratch) / f"rows{suffix}"
+            _put(path.absolute(), plain)
             rows = datasets.load_dataset(
-                kind, data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True, **settings
+                kind, data_files=str(plain), split="train", cache_dir=scratch, keep_in_memory=True, **settings
             )
     except Exception as error:  # each reader raises its own kinds
-        raise DataError(f"{path} cannot be read: {_reason(error)}") from None
-    if not len(rows):
-        raise DataError(f"{path} holds no rows.")
+        reason = _reason(error)
+        if "corresponds to no data" in reason:  # what datasets says of a header alone
+            raise DataError(f"{path} holds no rows.") from None
+        raise DataError(f"{path} cannot be read: {reason}") from None
     return rows
+
+
+def _put(path: Path, plain: Path) -> None:
+    """Link the file under a plain name (`datasets` takes [, * and ? for patterns), or unpack it there."""
+    if path.suffix != ".gz":
+        plain.symlink_to(path)
+        return
+    with gzip.open(path) as packed, plain.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,74 @@
+"""Fixtures for whole runs: a tiny BERT with its tokenizer, tiny reviews, a recipe. Nothing is downloaded."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the film meal room was is very not good bad dull fine".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    from trimtab.cli.quiet import quiet
+
+    quiet()
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny BERT without a classification head."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,  # quantization wants multiples of 64
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.2,  # the usual 0.02 leaves so small a model nothing to work with
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=32).save_pretrained(folder)
+    return folder
+
+
+def review(i: int) -> tuple[str, str]:
+    """The i-th of an endless series of reviews, and its class."""
+    good = i % 2 == 0
+    word = ("good", "fine")[i % 3 % 2] if good else ("bad", "dull")[i % 3 % 2]
+    return f"the {('film', 'meal', 'room')[i % 3]} {('was', 'is')[i % 5 % 2]} {word}", "praise" if good else "blame"
+
+
+def write_csv(path: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...] = ("text", "label")) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path, bert: Path) -> dict[str, Any]:
+    """A recipe's content, with its data lying in `tmp_path`; a run of it takes a second."""
+    write_csv(tmp_path / "train.csv", [review(i) for i in range(24)])
+    write_csv(tmp_path / "test.csv", [review(i) for i in range(24, 32)])
+    return {
+        "task": "text-classification",
+        "model": str(bert),
+        "data": {"train": "train.csv", "validation": 0.25, "test": "test.csv"},
+        "method": {"name": "lora", "r": 2, "target_modules": ["query", "value"]},
+        "training": {"epochs": 2, "batch_size": 6, "learning_rate": 0.01},
+        "output": "run",
+    }
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, settings: dict[str, Any]) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return path

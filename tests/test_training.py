@@ -1,0 +1,291 @@
+"""Training: what a run leaves behind, when it stops, and how the two trainers read checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import review, write_csv
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trimtab import LoraConfig, PeftModel, Trainer, files, get_peft_model, run
+from trimtab import recipe as recipes
+from trimtab.errors import CheckpointError, ConfigError, TargetError, TrimtabError
+from trimtab.training import TrainingError, train
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / files.WEIGHTS)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def changed(recipe: Path, *overrides: str) -> recipes.Recipe:
+    return recipes.read(recipe, overrides)
+
+
+# A whole run
+
+
+def test_a_run_leaves_all_that_prediction_needs(recipe: Path, bert: Path) -> None:
+    said: list[str] = []
+    result = train(changed(recipe), said.append)
+    assert {path.name for path in result.folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "metrics.json", "recipe.yaml", "task.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert "train: 24 rows read, 24 kept" in said
+    assert json.loads((result.folder / "metrics.json").read_text()) == result.metrics
+    assert result.metrics["rows"] == {"train": 18, "validation": 6, "test": 8}
+    assert result.metrics["steps"] == 6  # 18 rows, 6 a step, 2 epochs
+    # query and value of 2 layers, each A (2, 64) and B (64, 2); the head's copy, (2, 64) and (2,)
+    assert result.metrics["trainable_parameters"] == 2 * 2 * 2 * 2 * 64 + 2 * 64 + 2
+    assert result.metrics["adapter_bytes"] == (result.folder / files.WEIGHTS).stat().st_size
+    assert result.metrics["majority"]["test"]["accuracy"] == 0.5
+    saved = json.loads((result.folder / files.CONFIG).read_text())
+    assert (saved["task_type"], saved["base_model_name_or_path"]) == ("SEQ_CLS", str(bert))
+
+
+def test_a_run_learns(recipe: Path) -> None:
+    metrics = train(changed(recipe, "training.epochs=8", "method.r=8"), silent).metrics
+    assert metrics["test"]["loss"] < metrics["untrained"]["test"]["loss"] / 2
+    assert metrics["test"]["accuracy"] == 1
+
+
+def test_the_same_recipe_gives_the_same_adapter(recipe: Path) -> None:
+    first = saved(train(changed(recipe), silent).folder)
+    assert same(first, saved(train(changed(recipe, "output=again"), silent).folder))
+    assert not same(first, saved(train(changed(recipe, "training.seed=1"), silent).folder))
+
+
+def test_the_written_recipe_gives_the_same_adapter(recipe: Path) -> None:
+    first = train(changed(recipe), silent).folder
+    again = train(recipes.read(first / "recipe.yaml", [f"output={first.parent / 'again'}"]), silent).folder
+    assert same(saved(first), saved(again))
+    assert yaml.safe_load((first / "recipe.yaml").read_text())["data"]["columns"] == {"text": "text", "label": "label"}
+
+
+def test_training_again_into_a_folder_replaces_the_run(recipe: Path) -> None:
+    folder = train(changed(recipe), silent).folder
+    before = saved(folder)
+    (folder / "checkpoints" / "checkpoint-999").mkdir(parents=True)  # of a run that was killed
+    train(changed(recipe, "training.seed=1"), silent)
+    assert not same(saved(folder), before)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_what_is_loaded_predicts_what_was_trained(recipe: Path) -> None:
+    found = run.load(train(changed(recipe, "training.epochs=8", "method.r=8"), silent).folder)
+    answers = found.task.predict(found.model, ["the film was good", "the film was bad"])
+    assert [max(answer, key=answer.__getitem__) for answer in answers] == ["praise", "blame"]
+    assert all(sum(answer.values()) == pytest.approx(1) for answer in answers)
+
+
+def test_a_saved_adapter_that_predicts_otherwise_is_an_error(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = run.load
+
+    def damaged(folder: Path) -> run.Run:
+        found = load(folder)
+        with torch.no_grad():
+            found.model.classifier.adapters["default"].replacement.bias += 0.01
+        return found
+
+    monkeypatch.setattr(run, "load", damaged)
+    with pytest.raises(CheckpointError, match="does not predict what was trained"):
+        train(changed(recipe), silent)
+
+
+def test_bfloat16_training_passes_its_own_check(recipe: Path) -> None:
+    assert train(changed(recipe, "training.bf16=true"), silent).metrics["steps"] == 6
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantized_base_is_trained_and_loaded_again(recipe: Path, quantization: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = train(changed(recipe, f"quantization={quantization}"), silent).folder
+    found = run.load(folder)
+    assert type(found.model.bert.encoder.layer[0].attention.self.query.weight).__name__ in ("Int8Params", "Params4bit")
+    assert type(found.model.classifier.weight) is nn.Parameter
+
+
+# When a run stops
+
+
+def test_steps_instead_of_epochs(recipe: Path) -> None:
+    settings = ["training.max_steps=3", "training.eval_strategy=steps", "training.eval_steps=2"]
+    assert train(changed(recipe, *settings), silent).metrics["steps"] == 3
+
+
+def test_without_evaluation_in_between_the_end_is_still_measured(recipe: Path) -> None:
+    assert "accuracy" in train(changed(recipe, "training.eval_strategy=no"), silent).metrics["validation"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(recipe: Path) -> None:
+    with pytest.raises(TrainingError, match=r"is (nan|inf) at step \d+: .* Try a lower training.learning_rate"):
+        train(changed(recipe, "training.learning_rate=1e30", "training.warmup_steps=0"), silent)
+    assert not (recipe.parent / "run" / files.WEIGHTS).exists()
+
+
+def test_weights_that_do_not_change_are_an_error(recipe: Path) -> None:
+    with pytest.raises(TrainingError, match="changed no weight"):
+        train(changed(recipe, "training.learning_rate=1e-300"), silent)
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "message"),
+    [
+        ("method.target_modules=[query, valeu]", ConfigError, r"target_modules: \['valeu'\] match no module"),
+        ("method.target_modules=[valeu]", TargetError, "Closest: value"),
+        ("method.modules_to_save=[pooller]", ConfigError, r"modules_to_save: \['pooller'\] match no module"),
+        ("training.metric_for_best_model=acuracy", ConfigError, "there is no 'acuracy'. Did you mean 'accuracy'"),
+        ("training.save_strategy=steps", ConfigError, "training: "),
+        ("output=train.csv", ConfigError, "output folder .* cannot be made"),
+        ("output=train.csv/x", ConfigError, "output folder .* cannot be made"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(
+    recipe: Path, override: str, kind: type[TrimtabError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("training started"))
+    with pytest.raises(kind, match=message):
+        train(changed(recipe, override), silent)
+
+
+# Merge
+
+
+def test_merging_gives_a_plain_model_with_equal_outputs(recipe: Path, tmp_path: Path) -> None:
+    folder = train(changed(recipe), silent).folder
+    assert run.merge(folder, tmp_path / "merged") < 1e-5
+    found = run.load(folder)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert type(plain).__name__ == "BertForSequenceClassification"
+    texts = [review(i)[0] for i in range(6)]
+    for one, other in zip(found.task.predict(plain, texts), found.task.predict(found.model, texts), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_a_merge_that_changes_outputs_leaves_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.errors import MergeError
+
+    folder = train(changed(recipe), silent).folder
+    monkeypatch.setattr(PeftModel, "merge_and_unload", PeftModel.unload)  # drops the adapter instead
+    with pytest.raises(MergeError, match="Nothing was saved"):
+        run.merge(folder, tmp_path / "merged")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("merged")]
+
+
+# Checkpoints: transformers' Trainer saves those of adapters but reads only full models', and HF PEFT's
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([2, 5 + i, 6, 3]), "labels": torch.tensor(i % 2)}
+
+
+def adapted(bert: Path) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
+
+
+def trainer(kind: type[transformers.Trainer], model: Any, folder: Path, **settings: Any) -> transformers.Trainer:
+    arguments = transformers.TrainingArguments(
+        str(folder), **{"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.01, "report_to": "none",
+        "dataloader_pin_memory": False, "disable_tqdm": True, **settings},
+    )  # fmt: skip
+    return kind(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
+
+
+def values(model: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if "adapters" in name}
+
+
+def test_resuming_is_exact(bert: Path, tmp_path: Path) -> None:
+    through = adapted(bert)
+    trainer(Trainer, through, tmp_path, save_steps=2).train()
+    resumed = adapted(bert)
+    with torch.no_grad():
+        for value in values(resumed).values():
+            value.fill_(7)  # what the checkpoint does not restore shows
+    trainer(Trainer, resumed, tmp_path, save_steps=2).train(str(tmp_path / "checkpoint-2"))
+    assert same(values(resumed), values(through))
+
+
+def test_plain_trainer_does_not_find_the_checkpoint_of_an_adapter(bert: Path, tmp_path: Path) -> None:
+    trainer(transformers.Trainer, adapted(bert), tmp_path, save_steps=2).train()
+    assert (tmp_path / "checkpoint-2" / files.WEIGHTS).is_file()
+    with pytest.raises(ValueError, match="Can't find a checkpoint index"):
+        trainer(transformers.Trainer, adapted(bert), tmp_path).train(str(tmp_path / "checkpoint-2"))
+
+
+def worse_and_worse(kind: type[transformers.Trainer], model: Any, folder: Path) -> transformers.Trainer:
+    """A trainer whose first checkpoint is its best."""
+    settings = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "metric_for_best_model": "score"}
+    made = trainer(kind, model, folder, load_best_model_at_end=True, **settings)
+    made.compute_metrics = lambda evaluation: {"score": -float(made.state.global_step)}
+    return made
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(bert: Path, tmp_path: Path) -> None:
+    model = adapted(bert)
+    worse_and_worse(Trainer, model, tmp_path).train()
+    assert (tmp_path / "checkpoint-4").is_dir()
+    first = PeftModel.from_pretrained(
+        transformers.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2), tmp_path / "checkpoint-1"
+    )
+    assert same(values(model), values(first))
+    assert model.active_adapters == ["default"]
+
+
+def test_plain_trainer_cannot_load_the_best_checkpoint(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="pytorch_model.bin"):
+        worse_and_worse(transformers.Trainer, adapted(bert), tmp_path).train()
+
+
+def test_several_adapters_resume_each_from_its_own_folder(bert: Path, tmp_path: Path) -> None:
+    def two() -> Any:
+        model = adapted(bert)
+        model.add_adapter("second", LoraConfig(r=4, target_modules=["key"]))
+        model.set_adapter(["default", "second"])
+        return model
+
+    through = two()
+    trainer(Trainer, through, tmp_path, save_steps=2).train()
+    resumed = two()
+    trainer(Trainer, resumed, tmp_path, save_steps=2).train(str(tmp_path / "checkpoint-2"))
+    assert same(values(resumed), values(through))
+
+
+def test_a_model_without_adapters_is_left_to_transformers(bert: Path, tmp_path: Path) -> None:
+    def plain() -> Any:
+        torch.manual_seed(0)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+
+    through, resumed, best = plain(), plain(), plain()
+    trainer(Trainer, through, tmp_path / "a", save_steps=2).train()
+    trainer(Trainer, resumed, tmp_path / "a", save_steps=2).train(str(tmp_path / "a" / "checkpoint-2"))
+    assert same(resumed.state_dict(), through.state_dict())
+    worse_and_worse(Trainer, best, tmp_path / "b").train()
+    assert same(best.state_dict(), load_file(tmp_path / "b" / "checkpoint-1" / "model.safetensors"))
+
+
+def test_rows_are_the_same_whatever_the_split_order(recipe: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "dev.csv", [review(i) for i in range(40, 46)])
+    metrics = train(changed(recipe, "data.validation=dev.csv"), silent).metrics
+    assert metrics["rows"] == {"train": 24, "validation": 6, "test": 8}
