@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .adapter import Adapter, PeftConfig, TaskType
+from .adapter import Adapter, InputAdapter, PeftConfig, TaskType
 from .auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -32,9 +32,13 @@ from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
+from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .methods.prefix_tuning import PrefixTuningConfig
+from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .methods.vera import VeraConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
+from .tokens import nearest_tokens
 
 if TYPE_CHECKING:
     from .training import Trainer
@@ -58,6 +62,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "IA3Config",
+    "InputAdapter",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
@@ -66,6 +71,11 @@ __all__ = [
     "PartialTargetWarning",
     "PeftConfig",
     "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "QuantizedMergeWarning",
     "RecipeError",
     "TargetError",
@@ -74,6 +84,7 @@ __all__ = [
     "TrimtabError",
     "VeraConfig",
     "get_peft_model",
+    "nearest_tokens",
     "prepare_model_for_int8_training",
     "prepare_model_for_kbit_training",
 ]

@@ -1,8 +1,11 @@
-"""The contract: what a method gives (`Adapter`, one per site) and how it is configured (`PeftConfig`)."""
+"""The contract: what a method gives (`Adapter`, one per site) and how it is configured (`PeftConfig`).
+
+Methods that change what goes into the model as a whole give an `InputAdapter`, whose site is the model itself.
+"""
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -53,7 +56,7 @@ class Adapter(nn.Module):
     dropout: float = 0.0  # probability; 0 where the method has none
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
-
+    hf_computed: ClassVar[tuple[str, ...]] = ()  # the keys of `computed`
     not_merged: ClassVar[str] = "it is no linear map of its input"  # the reason, where `merged` is not given
 
     def __init__(self) -> None:
@@ -84,6 +87,42 @@ class Adapter(nn.Module):
     def hf_key(self, name: str) -> str:
         """The end of the key under which HF PEFT saves the parameter `name` of this adapter."""
         return self.hf_names.get(name, name)
+
+    def computed(self) -> dict[str, Tensor]:
+        """What HF PEFT's file holds that is no parameter here but follows from them; not read back."""
+        return {}
+
+    def expect(self, keys: Collection[str]) -> None:
+        """Take the form in which a file with these keys holds this adapter, before it is read."""
+
+
+class InputAdapter(Adapter):
+    """The weights of one adapter of the model as a whole, and how they change what goes in and comes out.
+
+    Its site is a module that is called with keyword arguments: the root of the model (module name ""), or a large
+    part of it. With f the site's own forward and `given` its arguments by name, the site returns
+
+        outputs(site, given, f(**inputs(site, given)))
+
+    Its keys in HF PEFT's files are whole keys, without a module's name.
+    """
+
+    def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments in place of `given`. Must return new ones, never change `given` in place."""
+        return given
+
+    def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
+        """The result in place of `result`; `given` is what came in, before `inputs`."""
+        return result
+
+    def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
+        raise MergeError(
+            f"{type(self).__name__} changes what goes into the model, and no weight can do that. "
+            "Keep the adapter attached instead."
+        )
+
+    def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        return self.merged(site, torch.empty(0))
 
 
 class TrainedCopy(Adapter):
@@ -132,6 +171,7 @@ class PeftConfig(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
     peft_type: ClassVar[str]
+    hf_root: ClassVar[str] = "base_model.model."  # what HF PEFT puts before a module's name
     hf_prefix: ClassVar[str] = ""  # with which HF PEFT's names of this method's weights begin
     hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's keywords not offered here -> the value that switches them off
     found_in_training: ClassVar[frozenset[str]] = frozenset()  # settings that training writes, loaded with the weights

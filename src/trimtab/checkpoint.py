@@ -80,14 +80,19 @@ def load_weights(model: nn.Module, folder: str | Path, name: str) -> None:
 
 def fill(model: nn.Module, config: PeftConfig, adapters: Mapping[str, Adapter], where: Path) -> None:
     """Read the file into this config's adapters, after checking that its keys and shapes are exactly theirs."""
-    keys = hf_format.keys(adapters)
     try:
         tensors = load_file(where)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is damaged or no safetensors file: {error}.") from None
+    for adapter in adapters.values():
+        adapter.expect(tensors)
+    root = config.hf_root
+    keys = hf_format.keys(adapters, root)
+    computed = {key for adapter in adapters.values() for key in adapter.hf_computed}
     wanted = {key: adapters[path].state_dict()[entry] for (path, entry), key in keys.items()}
     missing = [key for key in wanted if key not in tensors]
-    extra = [key for key in tensors if key not in wanted and not _is_the_base_s(key, tensors[key], model)]
+    others = [key for key in tensors if key not in wanted and key not in computed]
+    extra = [key for key in others if not _is_the_base_s(key, tensors[key], model, root)]
     for (path, entry), key in keys.items():
         if key in tensors:
             tensors[key] = config.unpacked(path, entry, tensors[key], wanted[key])
@@ -109,8 +114,8 @@ def fill(model: nn.Module, config: PeftConfig, adapters: Mapping[str, Adapter], 
         adapter.load_state_dict(state, assign=any(value.is_meta for value in adapter.state_dict().values()))
 
 
-def _is_the_base_s(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    own = hf_format.base_value(key, model)
+def _is_the_base_s(key: str, tensor: Tensor, model: nn.Module, root: str) -> bool:
+    own = hf_format.base_value(key, model, root)
     return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
 
 
@@ -159,7 +164,7 @@ def describe(folder: str | Path) -> Description:
         with safe_open(where, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - not a dict
                 shape = tuple(opened.get_slice(key).get_shape())
-                path, end = hf_format.split(key, config.hf_prefix)
+                path, end = hf_format.split(key, config.hf_prefix, config.hf_root)
                 sites.setdefault(path, {})[end] = shape
                 parameters += int(torch.Size(shape).numel())
     except SafetensorError as error:

@@ -1,26 +1,27 @@
 """HF PEFT's file format: which key of adapter_model.safetensors holds which parameter.
 
-HF PEFT wraps: module `a.b` of the user's model is `base_model.model.a.b` there, and what lies inside an adapted
-module lies inside its `base_layer`. The rest of a key is the method's (`Adapter.hf_key`).
+HF PEFT wraps: module `a.b` of the user's model is `base_model.model.a.b` there (`base_model.a.b` beside prompts:
+`PeftConfig.hf_root`), and what lies inside an adapted module lies inside its `base_layer`. The rest of a key is the
+method's (`Adapter.hf_key`).
 """
 
+import copy
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from . import weights
-from .adapter import Adapter, PeftConfig
-
-PREFIX = "base_model.model."
+from .adapter import Adapter, InputAdapter, PeftConfig
 
 
-def keys(adapters: Mapping[str, Adapter]) -> dict[tuple[str, str], str]:
+def keys(adapters: Mapping[str, Adapter], root: str) -> dict[tuple[str, str], str]:
     """(module name, entry of its adapter) -> HF PEFT's key. What adapters share has one key, so it is saved once."""
-    return {
-        (path, name): adapter.hf_shared.get(name) or f"{PREFIX}{_path(path, adapters)}.{adapter.hf_key(name)}"
-        for path, adapter in adapters.items()
-        for name in adapter.state_dict()
-    }
+    found: dict[tuple[str, str], str] = {}
+    for path, adapter in adapters.items():
+        before = "" if isinstance(adapter, InputAdapter) else f"{root}{_path(path, adapters)}."
+        for name in adapter.state_dict():
+            found[path, name] = adapter.hf_shared.get(name) or before + adapter.hf_key(name)
+    return found
 
 
 def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
@@ -28,7 +29,8 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
     written = []
     for depth, part in enumerate(parts, 1):
         written.append(part)
-        if depth < len(parts) and ".".join(parts[:depth]) in adapters:
+        above = adapters.get(".".join(parts[:depth])) if depth < len(parts) else None
+        if above is not None and not isinstance(above, InputAdapter):
             written.append("base_layer")
     return ".".join(written)
 
@@ -37,11 +39,11 @@ def state(
     config: PeftConfig, adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str
 ) -> dict[str, Tensor]:
     """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given."""
-    found = {}
-    for (path, entry), key in keys(adapters).items():
+    found: dict[str, Tensor] = {}
+    for (path, entry), key in keys(adapters, config.hf_root).items():
         if key in found:
             continue
-        full = f"{path}.adapters.{name}.{entry}"
+        full = f"{path}.adapters.{name}.{entry}".removeprefix(".")
         if values is not None and full in values:
             tensor = values[full]
         else:
@@ -49,12 +51,18 @@ def state(
         gather = getattr(tensor, "full_tensor", None)  # sharded by FSDP2
         whole = config.packed(path, entry, gather() if gather else tensor)
         found[key] = whole.detach().cpu().contiguous()
+    for path, adapter in adapters.items():
+        if adapter.hf_computed:
+            own = {entry: found[key] for (_, entry), key in keys({path: adapter}, config.hf_root).items()}
+            copied = copy.deepcopy(adapter).cpu()
+            copied.load_state_dict(own, assign=True)
+            found |= {key: value.detach().contiguous() for key, value in copied.computed().items()}
     return found
 
 
-def base_value(key: str, model: nn.Module) -> Tensor | None:
+def base_value(key: str, model: nn.Module, root: str) -> Tensor | None:
     """The base's own tensor that a key names: HF PEFT saves frozen ones too (`save_embedding_layers`, bias="all")."""
-    path, _, entry = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    path, _, entry = key.removeprefix(root).replace(".base_layer.", ".").rpartition(".")
     site: nn.Module | None = dict(model.named_modules()).get(path)
     if site is None:
         return None
@@ -64,9 +72,9 @@ def base_value(key: str, model: nn.Module) -> Tensor | None:
     return site._parameters.get(entry)
 
 
-def split(key: str, prefix: str) -> tuple[str, str]:
+def split(key: str, prefix: str, root: str) -> tuple[str, str]:
     """A key as (module name, end); the end begins at the part that starts with the method's own prefix."""
-    parts = key.removeprefix(PREFIX).replace(".base_layer.", ".").split(".")
+    parts = key.removeprefix(root).replace(".base_layer.", ".").split(".")
     own = [place for place, part in enumerate(parts) if prefix and part.startswith(prefix)]
     cut = own[-1] if own else len(parts) - 1
     return ".".join(parts[:cut]), ".".join(parts[cut:])

@@ -10,12 +10,12 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from . import weights
-from .adapter import Adapter
+from .adapter import Adapter, InputAdapter
 from .errors import TargetError
 
 
@@ -81,7 +81,7 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return mixed(self, *args, **kwargs)
 
-        namespace |= {"forward": forward, "_first": list(inspect.signature(original.forward).parameters)[1]}
+        namespace |= {"forward": forward, "_arguments": tuple(inspect.signature(original.forward).parameters)[1:]}
     namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
 
@@ -97,8 +97,9 @@ def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
 
 
 class AnySite(Swapped, nn.Module):
-    """What both kinds of site hold. `adapters` are all that are loaded here, active or not."""
+    """What all kinds of site hold. `adapters` are all that are loaded here, active or not."""
 
+    _arguments: ClassVar[tuple[str, ...]]  # the names of forward's parameters
     adapters: nn.ModuleDict
     _active: Active
     _kept: dict[str, Any]  # while merged: the parameters as they were
@@ -112,8 +113,6 @@ class AnySite(Swapped, nn.Module):
 class Site(AnySite):
     """A module that is called: its adapters act around its own forward."""
 
-    _first: ClassVar[str]  # the name of forward's first parameter, for calls by keyword
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = super().forward
         stack = self.acting()
@@ -122,7 +121,7 @@ class Site(AnySite):
         if args:
             x, args, name = args[0], args[1:], None
         else:
-            name = self._first
+            name = self._arguments[0]
             x = kwargs.pop(name)
         for adapter in stack:
             if adapter.replacement is not None:
@@ -135,6 +134,24 @@ class Site(AnySite):
         for adapter in stack:
             y = adapter.after(self, inputs.pop(), y)
         return y
+
+
+class InputSite(AnySite):
+    """The model, or a large part of it: its adapters act on the arguments and the result of its forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stack = cast(list[InputAdapter], self.acting())
+        if not stack:
+            return super().forward(*args, **kwargs)
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        calls = []
+        for adapter in reversed(stack):
+            calls.append((adapter, given))
+            given = adapter.inputs(self, given)
+        result = super().forward(**given)
+        for adapter, given in reversed(calls):
+            result = adapter.outputs(self, given, result)
+        return result
 
 
 class ReadSite(AnySite):
@@ -208,9 +225,14 @@ def sites(model: nn.Module) -> Iterator[AnySite]:
 
 def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapter) -> None:
     """Raise a TargetError where this adapter would not act at this module."""
+    if isinstance(adapter, InputAdapter) != isinstance(module, InputSite) and isinstance(module, AnySite):
+        raise TargetError(
+            f"{name or type(module).__name__} has an adapter of another kind, beside which {type(adapter).__name__} "
+            "cannot act: one changes its arguments, the other runs around it. Delete the first, or adapt other modules."
+        )
     if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
         raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
-    if not is_read(module, parent):
+    if isinstance(adapter, InputAdapter) or not is_read(module, parent):
         return
     rule = f"{name} is never called: {type(parent or module).__name__} reads its weight. So an adapter must be foldable"
     if type(adapter).merged is Adapter.merged:
@@ -222,7 +244,8 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
 def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":
     """Put an adapter at a module, making a site of it where it is none yet."""
     if not isinstance(module, AnySite):
-        swap_in(module, ReadSite if is_read(module, parent) else Site)
+        inputs = isinstance(adapter, InputAdapter)
+        swap_in(module, InputSite if inputs else ReadSite if is_read(module, parent) else Site)
     assert isinstance(module, AnySite)
     if "adapters" not in module._modules:
         module.adapters = nn.ModuleDict()
@@ -237,7 +260,7 @@ def remove(module: AnySite, name: str) -> None:
     if not len(module.adapters):
         for attribute in ("adapters", "_active"):
             delattr(module, attribute)
-        for mixin in (Site, ReadSite):
+        for mixin in (Site, InputSite, ReadSite):
             swap_out(module, mixin)
 
 

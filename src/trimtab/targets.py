@@ -78,23 +78,60 @@ def means(entries: list[str] | str, name: str) -> bool:
     return any(matches(entry, name) for entry in entries)
 
 
-class TargetConfig(PeftConfig):
+class SavedModulesConfig(PeftConfig):
+    """Settings of the methods beside which whole modules can be trained.
+
+    modules_to_save: modules trained whole, as copies; for classification tasks the head is added by itself.
+    """
+
+    modules_to_save: list[str] | None = None
+
+    @field_validator("modules_to_save", mode="before")
+    @classmethod
+    def _saved_listed(cls, value: Any) -> Any:
+        return sorted(value) if isinstance(value, set | frozenset) else value
+
+    def resolved(self, model: nn.Module) -> Self:
+        return self.model_copy(update={"modules_to_save": self._to_save(model)})
+
+    def trained_copies(self, model: nn.Module) -> dict[str, Adapter]:
+        """Adapters for `modules_to_save`, by module name."""
+        made: dict[str, Adapter] = {}
+        for name, module in self._saved(dict(base_modules(model)), model).items():
+            if isinstance(module, nn.MultiheadAttention):
+                raise TargetError(f"modules_to_save: {name} is a MultiheadAttention; adapt it, or save its parent.")
+            made[name] = TrainedCopy(plain_copy(module))
+        return made
+
+    def _saved(self, modules: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:
+        if not self.modules_to_save:
+            return {}
+        names = _select(self.modules_to_save, modules, "modules_to_save", model)
+        return {name: modules[name] for name in names}
+
+    def _to_save(self, model: nn.Module) -> list[str] | None:
+        heads = HEADS.get(self.task_type, ()) if self.task_type else ()
+        names = [name for name, _ in base_modules(model)]
+        present = [head for head in heads if any(matches(head, name) for name in names)]
+        listed = list(dict.fromkeys([*(self.modules_to_save or []), *present]))
+        return listed or None
+
+
+class TargetConfig(SavedModulesConfig):
     """Settings of the methods that live at sites chosen by name.
 
     target_modules: list of names (full, or last parts), a regular expression for full names, or "all-linear";
         None takes the query and value projections of attention.
     exclude_modules: names or a regular expression to leave out.
     layers_to_transform, layers_pattern: only the layers with these numbers, in the module list of that name.
-    modules_to_save: modules trained whole, as copies; for classification tasks the head is added by itself.
     """
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
 
-    @field_validator("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", mode="before")
+    @field_validator("target_modules", "exclude_modules", "layers_pattern", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return sorted(value) if isinstance(value, set | frozenset) else value
@@ -109,12 +146,13 @@ class TargetConfig(PeftConfig):
             raise ConfigError("layers_pattern says where layers are counted: it needs layers_to_transform beside it.")
         if self.layers_to_transform is not None and self._is_expression():
             raise ConfigError("target_modules is a regular expression: write the layers into it, not beside it.")
-        update: dict[str, Any] = {"modules_to_save": self._to_save(model)}
+        config = super().resolved(model)
         if self.target_modules is None:
-            update["target_modules"] = self.default_targets(model)
-        elif self.target_modules == ALL_LINEAR:
-            update["target_modules"] = compact(self._all_linear(model, update["modules_to_save"] or []), model)
-        return self.model_copy(update=update)
+            return config.model_copy(update={"target_modules": self.default_targets(model)})
+        if self.target_modules == ALL_LINEAR:
+            found = compact(self._all_linear(model, config.modules_to_save or []), model)
+            return config.model_copy(update={"target_modules": found})
+        return config
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to adapt, by name.
@@ -152,27 +190,10 @@ class TargetConfig(PeftConfig):
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         made = {name: self.build(name, site) for name, site in self.find(model).items()}
-        for name, module in self._saved(dict(base_modules(model)), model).items():
-            if isinstance(module, nn.MultiheadAttention):
-                raise TargetError(f"modules_to_save: {name} is a MultiheadAttention; adapt it, or save its parent.")
-            made[name] = TrainedCopy(plain_copy(module))
-        return made
+        return made | self.trained_copies(model)
 
     def _is_expression(self) -> bool:
         return isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
-
-    def _to_save(self, model: nn.Module) -> list[str] | None:
-        heads = HEADS.get(self.task_type, ()) if self.task_type else ()
-        names = [name for name, _ in base_modules(model)]
-        present = [head for head in heads if any(matches(head, name) for name in names)]
-        listed = list(dict.fromkeys([*(self.modules_to_save or []), *present]))
-        return listed or None
-
-    def _saved(self, modules: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:
-        if not self.modules_to_save:
-            return {}
-        names = _select(self.modules_to_save, modules, "modules_to_save", model)
-        return {name: modules[name] for name in names}
 
     def _all_linear(self, model: nn.Module, saved: list[str]) -> list[str]:
         """Every linear layer but the output head: logits are left to what comes before them, as in QLoRA."""

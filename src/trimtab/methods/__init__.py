@@ -9,6 +9,9 @@ from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoraConfig
+from .p_tuning import PromptEncoderConfig
+from .prefix_tuning import PrefixTuningConfig
+from .prompt_tuning import PromptTuningConfig
 from .vera import VeraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
@@ -20,5 +23,8 @@ METHODS: dict[str, type[PeftConfig]] = {
     "loha": LoHaConfig,
     "lokr": LoKrConfig,
     "lora": LoraConfig,
+    "p_tuning": PromptEncoderConfig,
+    "prefix_tuning": PrefixTuningConfig,
+    "prompt_tuning": PromptTuningConfig,
     "vera": VeraConfig,
 }
