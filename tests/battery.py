@@ -25,10 +25,13 @@ from trimtab import (
     BitFitConfig,
     IA3Config,
     LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MergeError,
     PeftConfig,
     PeftModel,
+    VeraConfig,
     get_peft_model,
     sites,
 )
@@ -55,6 +58,7 @@ def lora(id: str, tiny: Callable[[], Tiny] = models.mlp, skips: dict[str, str] |
 
 REPLACES = {"nest": "two trained copies of one module cannot act together; they are refused"}
 COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}
+DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
 
 ALL_SMALL_CONFIGS = [
     lora("lora"),
@@ -98,6 +102,27 @@ ALL_SMALL_CONFIGS = [
          {"finite_differences": "the same shift of all keys shifts all scores of a query alike, which softmax drops"}),
     Case("bitfit-encoder", BitFitConfig(), models.encoder),
     Case("bitfit-convolutions", BitFitConfig(), models.convolutions),
+    lora("dora", use_dora=True, skips=DETACHED),
+    lora("dora-bias-dropout", use_dora=True, bias="all", lora_dropout=0.5, skips=DETACHED),
+    lora("dora-gpt2", partial(models.gpt2, initializer_range=0.2), use_dora=True, target_modules=["c_attn", "c_proj"],
+         skips=DETACHED),
+    lora("dora-encoder", models.encoder, use_dora=True, target_modules="all-linear", skips=DETACHED),
+    lora("dora-convolutions", models.convolutions, use_dora=True, target_modules=["volume", "plane", "line", "same"],
+         skips=DETACHED),
+    lora("dora-embeddings", models.embeddings, use_dora=True, target_modules=["token", "inner"], skips=DETACHED),
+    Case("vera", VeraConfig(r=6, target_modules=["first", "second"], bias="vera_only")),
+    Case("vera-seed", VeraConfig(r=6, target_modules=["first", "second"], save_projection=False, vera_dropout=0.5)),
+    Case("loha", LoHaConfig(r=2, alpha=3, target_modules=["first", "second"])),
+    Case("loha-gpt2", LoHaConfig(r=4, alpha=16), partial(models.gpt2, initializer_range=0.2)),
+    Case("loha-dropout", LoHaConfig(r=2, target_modules=["first", "second"], rank_dropout=0.3, module_dropout=0.01)),
+    Case("loha-convolutions", LoHaConfig(r=4, target_modules=["volume", "plane", "line", "same"],
+                                         use_effective_conv2d=True), partial(models.convolutions, groups=2)),
+    Case("loha-embeddings", LoHaConfig(r=4, target_modules=["token", "inner"]), models.embeddings),
+    Case("lokr", LoKrConfig(r=2, alpha=3, target_modules=["first", "second"])),
+    Case("lokr-low-rank", LoKrConfig(r=1, target_modules=["first", "second"], decompose_both=True, decompose_factor=3)),
+    Case("lokr-convolutions", LoKrConfig(r=1, target_modules=["volume", "plane", "line", "same"],
+                                         use_effective_conv2d=True), partial(models.convolutions, groups=2)),
+    Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
 ]  # fmt: skip
 
 

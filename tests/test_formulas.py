@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trimtab
-from trimtab import BitFitConfig, ConfigError, IA3Config, LNTuningConfig, PeftConfig, TargetError, get_peft_model
+from trimtab import (
+    BitFitConfig,
+    ConfigError,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    TargetError,
+    VeraConfig,
+    get_peft_model,
+    weights,
+)
 
 
 def attached(config: PeftConfig, tiny: models.Tiny | None = None) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
@@ -116,3 +129,185 @@ def test_bitfit_in_attention_only() -> None:
 def test_bitfit_on_a_model_without_biases_is_refused() -> None:
     with pytest.raises(TargetError, match="biases, of which T5ForConditionalGeneration has none"):
         trimtab.get_peft_model(models.t5().model, BitFitConfig())
+
+
+# ----------------------------------------------------------------------------------------------------------- DoRA
+
+
+def dora_weight(W: Tensor, own: dict[str, Tensor], scale: float) -> Tensor:
+    """m (W + s B A) / ||W + s B A||, row by row."""
+    V = W + scale * (own["first.B"].flatten(1) @ own["first.A"].flatten(1)).view_as(W)
+    lengths = V.flatten(1).norm(dim=1)
+    m = own["first.magnitude.value"].flatten()
+    return V * (m / lengths).view(-1, *[1] * (W.dim() - 1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_alpha": 7}, {"lora_alpha": 7, "use_rslora": True}], ids=str)
+def test_dora_learns_lengths_beside_directions(settings: dict[str, Any]) -> None:
+    """On a layer with a bias and with alpha other than r."""
+    model, inputs, own = attached(LoraConfig(r=2, use_dora=True, target_modules=["first"], **settings))
+    scale = settings.get("lora_alpha", 8) / (2**0.5 if settings.get("use_rslora") else 2)
+    agrees(model, inputs["x"], inputs["x"] @ dora_weight(model.first.weight, own, scale).T + model.first.bias)
+    assert trained(model) == 2 * (5 + 7) + 7
+
+
+def test_dora_starts_at_the_weights_own_lengths() -> None:
+    tiny = models.mlp()
+    lengths = tiny.model.first.weight.detach().norm(dim=1)
+    model = get_peft_model(tiny.model, LoraConfig(use_dora=True, r=2, target_modules=["first"]))
+    torch.testing.assert_close(model.first.adapters["default"].magnitude.value.detach(), lengths)
+
+
+@pytest.mark.parametrize("build", models.QUANTIZED.values(), ids=str)
+def test_dora_on_a_quantized_layer_measures_the_dequantized_weight(build: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny = build()
+    before = output(*tiny)  # the first call moves the scales of 8-bit layers
+    model = get_peft_model(tiny.model, LoraConfig(r=2, lora_alpha=5, use_dora=True, target_modules=["first"]))
+    torch.testing.assert_close(output(*tiny), before, rtol=1e-4, atol=1e-4)
+    randomise(model)
+    own = {name.replace(".adapters.default", ""): p.detach() for name, p in model.named_parameters()}
+    W = weights.read(model.first)
+    x = tiny.inputs["x"]
+    with torch.no_grad():
+        base = super(type(model.first), model.first).forward(x)
+        # 8-bit layers round their input as well, so what they add to x W is taken as it is.
+        exact = x @ W.T + model.first.bias
+        expected = x @ dora_weight(W, own, 2.5).T + model.first.bias
+        got = model.first(x) - expected
+    assert got.abs().max() <= 3 * (base - exact).abs().max() + 1e-4
+
+
+def test_dora_dropout_acts_on_the_low_rank_part_only() -> None:
+    """With everything dropped what is left is the rescaled base: g W x + b."""
+    model, inputs, own = attached(LoraConfig(r=2, use_dora=True, lora_dropout=0.999999, target_modules=["first"]))
+    V = model.first.weight + 4 * own["first.B"] @ own["first.A"]
+    g = own["first.magnitude.value"] / V.norm(dim=1)
+    got = model.train().first(inputs["x"])
+    torch.testing.assert_close(got, g * (inputs["x"] @ model.first.weight.T) + model.first.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_takes_the_norm_as_a_constant_in_the_gradient() -> None:
+    model, inputs, own = attached(LoraConfig(r=2, lora_alpha=2, use_dora=True, target_modules=["first"]))
+    A, B, m = (own[f"first.{name}"].clone().requires_grad_() for name in ("A", "B", "magnitude.value"))
+    V = model.first.weight + B @ A
+    (inputs["x"] @ ((m / V.detach().norm(dim=1))[:, None] * V).T).square().sum().backward()
+    (model.first(inputs["x"]) - model.first.bias).square().sum().backward()
+    adapter = model.first.adapters["default"]
+    for got, expected in ((adapter.A, A), (adapter.B, B), (adapter.magnitude.value, m)):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_on_a_grouped_convolution_is_refused() -> None:
+    with pytest.raises(ConfigError, match="plane has 2 groups"):
+        get_peft_model(models.convolutions(groups=2).model, LoraConfig(r=2, use_dora=True, target_modules=["plane"]))
+
+
+# ----------------------------------------------------------------------------------------------------------- VeRA
+
+
+def test_vera_trains_two_vectors_between_frozen_projections() -> None:
+    model, inputs, own = attached(VeraConfig(r=6, target_modules=["first", "second"]))
+    shared = model.first.adapters["default"].shared
+    assert shared.A.shape == (6, 7)  # the widest input, second's
+    assert shared.B.shape == (7, 6)  # the widest output, first's
+    A, B = shared.A[:, :5], shared.B[:7]
+    delta = torch.diag(own["first.lambda_b"]) @ B @ torch.diag(own["first.lambda_d"]) @ A
+    agrees(model, inputs["x"], inputs["x"] @ (model.first.weight + delta).T + model.first.bias)
+    assert trained(model) == (7 + 6) + (6 + 6)
+
+
+def test_vera_on_bert_base_trains_18624_numbers() -> None:
+    """Of query and value in 12 layers, 768 + 8 each: the count in the paper's terms, L * (out + r)."""
+    with torch.device("meta"):
+        from transformers import BertConfig, BertModel
+
+        model = get_peft_model(BertModel(BertConfig()), VeraConfig(r=8))
+    assert trained(model) == 24 * (768 + 8) == 18_624
+
+
+def test_vera_saves_its_projections_once_or_not_at_all(tmp_path: Any) -> None:
+    from safetensors.torch import load_file
+
+    for saved in (True, False):
+        model, inputs, _ = attached(VeraConfig(r=5, save_projection=saved), models.llama())
+        expected = output(model, inputs)
+        model.save_pretrained(tmp_path / str(saved))
+        keys = load_file(tmp_path / str(saved) / "adapter_model.safetensors")
+        assert ["base_model.vera_A" in keys, "base_model.vera_B" in keys] == [saved, saved]
+        assert len(keys) == 4 * 2 + 2 * saved
+        torch.manual_seed(99)  # not the seed it was made with
+        loaded = trimtab.PeftModel.from_pretrained(models.llama().model, tmp_path / str(saved))
+        torch.testing.assert_close(output(loaded, inputs), expected, rtol=0, atol=0)
+        shared = {
+            id(site.adapters["default"].shared) for _, site in loaded.named_modules() if hasattr(site, "adapters")
+        }
+        assert len(shared) == 1
+
+
+def test_vera_s_seed_decides_its_projections() -> None:
+    def drawn(seed: int) -> Tensor:
+        torch.manual_seed(torch.seed() % 1000)
+        model = get_peft_model(models.mlp().model, VeraConfig(r=4, projection_prng_key=seed, target_modules=["first"]))
+        return model.first.adapters["default"].shared.A
+
+    assert torch.equal(drawn(0), drawn(0))  # 0 is a seed, too
+    assert not torch.equal(drawn(0), drawn(1))
+
+
+# ----------------------------------------------------------------------------------------------------- LoHa, LoKr
+
+
+def test_loha_multiplies_two_low_rank_matrices_elementwise() -> None:
+    model, inputs, own = attached(LoHaConfig(r=2, alpha=3, target_modules=["first"]))
+    first, second = own["first.A1"] @ own["first.B1"], own["first.A2"] @ own["first.B2"]
+    assert torch.linalg.matrix_rank(first * second) == 4  # r^2
+    W = model.first.weight + 3 / 2 * first * second
+    agrees(model, inputs["x"], inputs["x"] @ W.T + model.first.bias)
+    assert trained(model) == 2 * 2 * (5 + 7)
+
+
+def test_loha_refuses_a_rank_above_the_matrix() -> None:
+    with pytest.raises(ConfigError, match=r"first is a matrix of rank 5 at most: r=6 is too much. Closest: 5"):
+        get_peft_model(models.mlp().model, LoHaConfig(r=6, target_modules=["first"]))
+
+
+def test_lokr_is_a_kronecker_product() -> None:
+    """12 = 3 * 4 outputs, 8 = 2 * 4 inputs."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 12))
+    W, b = base[0].weight.detach().clone(), base[0].bias.detach().clone()
+    model, _, own = attached(LoKrConfig(r=1, alpha=5, target_modules=["0"]), models.Tiny(base, {}))
+    C1, C2 = own["0.C1"], own["0.A2"] @ own["0.B2"]
+    assert (C1.shape, C2.shape) == ((3, 2), (4, 4))
+    blocks = torch.cat([torch.cat([C1[i, j] * C2 for j in range(2)], 1) for i in range(3)], 0)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), x @ (W + 5 * blocks).T + b, rtol=1e-5, atol=1e-5)
+    assert trained(model) == 6 + 4 + 4
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "expected"),
+    [(12, -1, (3, 4)), (16, -1, (4, 4)), (7, -1, (1, 7)), (128, 4, (4, 32)), (18, 5, (3, 6)), (12, 6, (6, 2))],
+)
+def test_lokr_splits_sizes_as_square_as_it_may(size: int, factor: int, expected: tuple[int, int]) -> None:
+    from trimtab.methods.lokr import two_factors
+
+    assert two_factors(size, factor) == expected
+
+
+def test_lokr_refuses_the_factor_0() -> None:
+    with pytest.raises(ConfigError, match="no size has the divisor 0"):
+        LoKrConfig(decompose_factor=0)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
+def test_dropped_rows_and_modules(config: type[LoHaConfig | LoKrConfig]) -> None:
+    model, inputs, _ = attached(config(r=2, module_dropout=0.999999, target_modules=["first"]))
+    base = inputs["x"] @ model.first.weight.T + model.first.bias
+    torch.testing.assert_close(model.train().first(inputs["x"]), base)
+    assert (model.eval().first(inputs["x"]) - base).abs().max() > 1e-2
+    model, inputs, _ = attached(config(r=2, rank_dropout=0.5, target_modules=["first"]))
+    change = model.train().first(inputs["x"]) - base
+    dropped = (change == 0).all(0)
+    assert 0 < dropped.sum() < 7  # whole outputs, some of them

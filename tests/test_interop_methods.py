@@ -15,7 +15,26 @@ from torch import nn
 
 import trimtab
 
-TINY = {**models.TRANSFORMERS, **models.PLAIN, **models.QUANTIZED}
+
+class Pixels(nn.Module):
+    """Convolutions with nothing that HF PEFT gets wrong or refuses: no dilation, no groups, padding with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plane = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(6, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.point(torch.tanh(self.plane(x)))).mean((2, 3)))
+
+
+def pixels() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny(Pixels().eval(), {"x": torch.randn(2, 4, 9, 9)})
+
+
+TINY = {**models.TRANSFORMERS, **models.PLAIN, "pixels": pixels}
 ATTENTION = {
     "llama": ["q_proj", "v_proj", "down_proj"],
     "bert": ["query", "value", "output.dense"],
@@ -56,19 +75,21 @@ CASES = [
     *rows("Lora", ["bert", "opt", "gpt2"], use_dora=True, r=2, bias="all"),
     *rows("Lora", ["convolutions"], use_dora=True, r=2, target_modules=["volume", "head"]),
     *rows("Lora", ["embeddings"], use_dora=True, r=2, target_modules=["token", "head"]),
-    *rows("Lora", ["quantized4", "quantized8"], use_dora=True, r=2, lora_alpha=3, target_modules=["first", "second"]),
     *rows("Vera", r=5, projection_prng_key=0),
     *rows("Vera", ["llama"], r=5, projection_prng_key=3, save_projection=False),
     *rows("Vera", ["bert", "opt"], r=3, bias="vera_only", d_initial=0.5),
     *rows("Vera", ["opt"], r=3, bias="all"),
     *rows("LoHa", NO_GPT2, r=3, alpha=5),
     *rows("LoHa", ["llama"], r=3, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 1}),
+    *rows("LoHa", ["pixels"], r=2, target_modules=["plane", "head"], use_effective_conv2d=False),
     *rows("LoHa", ["convolutions"], r=2, target_modules=["line", "head"], use_effective_conv2d=True),
-    *rows("LoHa", ["convolutions"], r=2, target_modules=["line", "head"], use_effective_conv2d=False),
     *rows("LoKr", NO_GPT2, r=2, alpha=5),
     *rows("LoKr", ["llama", "mlp"], r=1, alpha=3, decompose_both=True, decompose_factor=2),
     *rows("LoKr", ["llama"], r=8, decompose_factor=3),
-    *rows("LoKr", ["convolutions"], r=1, target_modules=["line"], use_effective_conv2d=True),
+    *rows("LoKr", ["pixels"], r=1, target_modules=["plane", "point"], use_effective_conv2d=True),
+    *rows("LoKr", ["pixels"], r=1, target_modules=["plane", "point"], use_effective_conv2d=False),
+    *rows("LoKr", ["pixels"], r=8, target_modules=["plane", "point"]),
+    *rows("LoHa", ["pixels"], r=2, target_modules=["plane", "point"], use_effective_conv2d=True),
     *rows("LoKr", ["convolutions"], r=1, target_modules=["line"], use_effective_conv2d=False),
     *rows("LoKr", ["convolutions"], r=8, target_modules=["line"]),
 ]
@@ -97,8 +118,6 @@ def pair(row: Row) -> tuple[Tiny, nn.Module]:
     if row[1] in models.TRANSFORMERS:
         for parameter in tiny.model.parameters():
             parameter.data *= 4 if parameter.dim() > 1 else 1
-    for bits in (4, 8):
-        setattr(tiny.model, f"is_loaded_in_{bits}bit", row[1] == f"quantized{bits}")  # HF PEFT asks for it
     return tiny, copy.deepcopy(tiny.model)
 
 

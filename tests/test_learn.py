@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import trimtab
-from trimtab import BitFitConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig
+from trimtab import BitFitConfig, IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, VeraConfig
 
 # config, learning rate, and the share of the frozen model's loss that it must get below
 CASES: dict[str, tuple[PeftConfig, float, float]] = {
@@ -16,6 +16,10 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "ia3": (IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]), 0.05, 0.6),
     "ln_tuning": (LNTuningConfig(), 0.05, 0.3),
     "lora": (LoraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
+    "dora": (LoraConfig(r=4, use_dora=True, target_modules=["0", "2"]), 0.02, 0.1),
+    "vera": (VeraConfig(r=64, target_modules=["0", "2", "4"]), 0.02, 0.1),
+    "loha": (LoHaConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
+    "lokr": (LoKrConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),
 }
 
 
