@@ -23,12 +23,15 @@ from torch import Tensor, nn
 import trimtab
 from trimtab import (
     BitFitConfig,
+    BOFTConfig,
+    HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     MergeError,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     VeraConfig,
@@ -59,6 +62,8 @@ def lora(id: str, tiny: Callable[[], Tiny] = models.mlp, skips: dict[str, str] |
 REPLACES = {"nest": "two trained copies of one module cannot act together; they are refused"}
 COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}
 DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
+_PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
+PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
 
 ALL_SMALL_CONFIGS = [
     lora("lora"),
@@ -122,6 +127,24 @@ ALL_SMALL_CONFIGS = [
     Case("lokr-low-rank", LoKrConfig(r=1, target_modules=["first", "second"], decompose_both=True, decompose_factor=3)),
     Case("lokr-convolutions", LoKrConfig(r=1, target_modules=["volume", "plane", "line", "same"],
                                          use_effective_conv2d=True), partial(models.convolutions, groups=2)),
+    Case("oft", OFTConfig(oft_block_size=0, r=1, target_modules=["first", "second"], bias="oft_only")),
+    Case("oft-cayley-gpt2", OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("oft-dropout", OFTConfig(oft_block_size=4, module_dropout=0.1), partial(models.gpt2, initializer_range=0.2)),
+    Case("oft-encoder", OFTConfig(oft_block_size=4, target_modules=["self_attn", "linear1"]), models.encoder),
+    Case("oft-convolutions", OFTConfig(oft_block_size=4, target_modules=["volume", "plane", "line"]),
+         partial(models.convolutions, groups=2)),
+    Case("oft-embeddings", OFTConfig(oft_block_size=3, target_modules=["token"]), models.embeddings),
+    Case("boft", BOFTConfig(boft_block_size=0, boft_block_num=1, target_modules=["first", "second"], bias="all")),
+    Case("boft-butterfly", BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("boft-convolutions", BOFTConfig(boft_block_size=6, target_modules=["volume", "plane", "line"]),
+         models.convolutions),
+    Case("hra", HRAConfig(r=2, target_modules=["first", "second"], bias="hra_only"), skips=PAIRS),
+    Case("hra-orthogonal", HRAConfig(r=2, apply_GS=True, target_modules=["first", "second"]),
+         skips={"identity": "W (I - 2 U U^T) is no identity for any U", "switch": "the second starts as no identity",
+                "trains_in_float32": "it is no identity at first"}),
+    Case("hra-convolutions", HRAConfig(r=4, target_modules=["volume", "plane", "line"]), models.convolutions, PAIRS),
     Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
 ]  # fmt: skip
 

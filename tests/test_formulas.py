@@ -12,12 +12,15 @@ from torch.nn import functional as F
 import trimtab
 from trimtab import (
     BitFitConfig,
+    BOFTConfig,
     ConfigError,
+    HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     TargetError,
     VeraConfig,
@@ -311,3 +314,124 @@ def test_dropped_rows_and_modules(config: type[LoHaConfig | LoKrConfig]) -> None
     change = model.train().first(inputs["x"]) - base
     dropped = (change == 0).all(0)
     assert 0 < dropped.sum() < 7  # whole outputs, some of them
+
+
+# ------------------------------------------------------------------------------------------------- OFT, BOFT, HRA
+
+
+def skew(upper: Tensor, b: int) -> Tensor:
+    """The matrix with these numbers above its diagonal, row by row, and minus them below."""
+    Q, numbers = torch.zeros(b, b), iter(upper.tolist())
+    for i in range(b):
+        for j in range(i + 1, b):
+            Q[i, j] = next(numbers)
+            Q[j, i] = -Q[i, j]
+    return Q
+
+
+def rotating(config: PeftConfig) -> tuple[Any, Tensor, Tensor, dict[str, Tensor]]:
+    """A layer of 8 inputs and 3 outputs with a randomised adapter; its weight and bias as they were."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 3))
+    model, _, own = attached(config, models.Tiny(base, {}))
+    return model, base[0].weight.detach(), base[0].bias.detach(), own
+
+
+def test_oft_turns_inputs_by_cayley_blocks() -> None:
+    model, W, b, own = rotating(OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["0"]))
+    eye = torch.eye(4)
+    blocks = [(eye - Q) @ torch.linalg.inv(eye + Q) for Q in (skew(row, 4) for row in own["0.upper"])]
+    R = torch.block_diag(*blocks)
+    torch.testing.assert_close(R @ R.T, torch.eye(8), rtol=1e-5, atol=1e-5)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(model(x), x @ R @ W.T + b, rtol=1e-5, atol=1e-5)
+    assert trained(model) == 2 * 4 * 3 // 2
+
+
+@pytest.mark.parametrize(
+    ("terms", "powers"), [(1, []), (2, [2]), (3, [2, 2, 1]), (5, [2, 2, 2, 1]), (6, [2, 2, 2, 2, 1])]
+)
+def test_oft_s_series(terms: int, powers: list[int]) -> None:
+    """I + 2 Q + 2 Q^2 + ..., the last term once, of blocks that share their numbers."""
+    config = OFTConfig(oft_block_size=4, block_share=True, num_cayley_neumann_terms=terms, target_modules=["0"])
+    model, W, b, own = rotating(config)
+    Q = skew(own["0.upper"][0], 4)
+    R = torch.eye(4) + sum(factor * torch.linalg.matrix_power(Q, k) for k, factor in enumerate(powers, 1))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(model(x), x @ torch.block_diag(R, R) @ W.T + b, rtol=1e-5, atol=1e-5)
+    assert trained(model) == 4 * 3 // 2
+
+
+def test_constrained_oft_bounds_the_turning_and_passes_the_gradient_on() -> None:
+    config = OFTConfig(oft_block_size=4, coft=True, eps=0.1, use_cayley_neumann=False, target_modules=["0"])
+    model, W, b, own = rotating(config)
+    limit = 0.1 / 2**0.5
+    short = [Q * min(1.0, limit / Q.norm().item()) for Q in (skew(row, 4) for row in own["0.upper"])]
+    R = torch.block_diag(*((torch.eye(4) - Q) @ torch.linalg.inv(torch.eye(4) + Q) for Q in short))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(model(x), x @ R @ W.T + b, rtol=1e-5, atol=1e-5)
+    model(x).square().sum().backward()
+    assert model[0].adapters["default"].upper.grad.norm() > 0
+
+
+def test_oft_refuses_a_block_size_that_does_not_divide() -> None:
+    with pytest.raises(ConfigError, match=r"0 turns 8 features: oft_block_size=3 does not divide them. Closest: 2"):
+        rotating(OFTConfig(oft_block_size=3, target_modules=["0"]))
+    with pytest.raises(ConfigError, match="give one of the two, and 0 for the other"):
+        OFTConfig(r=4)
+
+
+def test_boft_multiplies_permuted_block_diagonal_factors() -> None:
+    """Blocks (2, 2) of 8 features, 3 factors: inputs 1, 2 and 4 apart are mixed."""
+    config = BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, target_modules=["0"])
+    model, W, b, own = rotating(config)
+    M = torch.eye(8)
+    for factor, step in ((2, 4), (1, 2), (0, 1)):
+        mixed = torch.zeros(8, 8)
+        pairs = [(i, i + step) for i in range(8) if i // step % 2 == 0]
+        for block, (i, j) in zip(own["0.blocks"][factor], pairs, strict=True):
+            Q = (block - block.T) / 2
+            R = (torch.eye(2) - Q) @ torch.linalg.inv(torch.eye(2) + Q)
+            mixed[i, i], mixed[i, j], mixed[j, i], mixed[j, j] = R[0, 0], R[0, 1], R[1, 0], R[1, 1]
+        M = M @ mixed
+    x = torch.randn(5, 8)
+    expected = own["0.scale"].flatten() * (x @ M @ W.T) + b
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert trained(model) == 3 * 4 * 4 + 3
+
+
+def test_boft_refuses_more_factors_than_its_blocks_allow() -> None:
+    with pytest.raises(ConfigError, match=r"0 has 4 blocks of 2: boft_n_butterfly_factor=4 .*\. Closest: 3"):
+        rotating(BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=4, target_modules=["0"]))
+    with pytest.raises(ConfigError, match="Closest: 4"):
+        rotating(BOFTConfig(boft_block_size=5, target_modules=["0"]))
+
+
+def test_hra_reflects_one_vector_after_the_other() -> None:
+    model, W, b, own = rotating(HRAConfig(r=4, target_modules=["0"]))
+    H = torch.eye(8)
+    for u in own["0.u"].T:
+        H = H @ (torch.eye(8) - 2 * torch.outer(u, u) / u.dot(u))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(model(x), x @ (W @ H).T + b, rtol=1e-5, atol=1e-5)
+    assert trained(model) == 8 * 4
+
+
+def test_hra_with_orthogonal_vectors() -> None:
+    model, W, b, own = rotating(HRAConfig(r=3, apply_GS=True, target_modules=["0"]))
+    basis: list[Tensor] = []
+    for u in own["0.u"].T:  # Gram-Schmidt
+        u = u - sum((u.dot(e) * e for e in basis), torch.zeros(8))
+        basis.append(u / u.norm())
+    U = torch.stack(basis, 1)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(model(x), x @ (W @ (torch.eye(8) - 2 * U @ U.T)).T + b, rtol=1e-5, atol=1e-5)
+
+
+def test_hra_starts_with_pairs_of_reflections() -> None:
+    with pytest.raises(ConfigError, match=r"r must be even, not 3. Closest: 4"):
+        rotating(HRAConfig(r=3, target_modules=["0"]))
+    with pytest.raises(ConfigError, match=r"r=10 reflections are more than that. Closest: 8"):
+        rotating(HRAConfig(r=10, target_modules=["0"]))

@@ -8,7 +8,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import trimtab
-from trimtab import BitFitConfig, IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, VeraConfig
+from trimtab import (
+    BitFitConfig,
+    BOFTConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    VeraConfig,
+)
 
 # config, learning rate, and the share of the frozen model's loss that it must get below
 CASES: dict[str, tuple[PeftConfig, float, float]] = {
@@ -20,6 +32,9 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "vera": (VeraConfig(r=64, target_modules=["0", "2", "4"]), 0.02, 0.1),
     "loha": (LoHaConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
     "lokr": (LoKrConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),
+    "oft": (OFTConfig(oft_block_size=8, target_modules=["0", "2"]), 0.02, 0.2),
+    "boft": (BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["0", "2"]), 0.02, 0.1),
+    "hra": (HRAConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),
 }
 
 

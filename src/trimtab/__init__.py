@@ -25,11 +25,14 @@ from .errors import (
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .merge import QuantizedMergeWarning
 from .methods.bitfit import BitFitConfig
+from .methods.boft import BOFTConfig
+from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
 from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
+from .methods.oft import OFTConfig
 from .methods.vera import VeraConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
@@ -49,16 +52,19 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
     "BitFitConfig",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "HRAConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
     "MergeError",
+    "OFTConfig",
     "PartialTargetWarning",
     "PeftConfig",
     "PeftModel",
