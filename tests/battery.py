@@ -34,6 +34,7 @@ from trimtab import (
     OFTConfig,
     PeftConfig,
     PeftModel,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
     sites,
@@ -64,6 +65,7 @@ COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its i
 DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
 _PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
 PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
+TOKENS = models.ids().unique().tolist()[::-1]
 
 ALL_SMALL_CONFIGS = [
     lora("lora"),
@@ -145,6 +147,12 @@ ALL_SMALL_CONFIGS = [
          skips={"identity": "W (I - 2 U U^T) is no identity for any U", "switch": "the second starts as no identity",
                 "trains_in_float32": "it is no identity at first"}),
     Case("hra-convolutions", HRAConfig(r=4, target_modules=["volume", "plane", "line"]), models.convolutions, PAIRS),
+    Case("trainable_tokens", TrainableTokensConfig(token_indices=TOKENS), models.llama, COARSE),
+    Case("trainable_tokens-tied", TrainableTokensConfig(token_indices=TOKENS),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("trainable_tokens-linear", TrainableTokensConfig(token_indices=[2, 0], target_modules=["head"])),
+    lora("lora-tokens", partial(models.gpt2, initializer_range=0.2), target_modules=["c_attn"],
+         trainable_token_indices=TOKENS),
     Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
 ]  # fmt: skip
 

@@ -23,6 +23,7 @@ from trimtab import (
     OFTConfig,
     PeftConfig,
     TargetError,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
     weights,
@@ -435,3 +436,61 @@ def test_hra_starts_with_pairs_of_reflections() -> None:
         rotating(HRAConfig(r=3, target_modules=["0"]))
     with pytest.raises(ConfigError, match=r"r=10 reflections are more than that. Closest: 8"):
         rotating(HRAConfig(r=10, target_modules=["0"]))
+
+
+# ----------------------------------------------------------------------------------------------- trainable tokens
+
+
+def test_trainable_tokens_replace_rows_of_the_table() -> None:
+    model, _, own = attached(TrainableTokensConfig(token_indices=[9, 5, 60], target_modules=["token"]),
+                                  models.embeddings())  # fmt: skip
+    table = model.token.weight.detach().clone()
+    for row, token in enumerate([9, 5, 60]):
+        table[token] = own["token.tokens.value"][row]
+    ids = torch.tensor([[5, 9, 0, 63], [60, 60, 5, 6]])
+    torch.testing.assert_close(model.token(ids), table[ids], rtol=1e-5, atol=1e-6)
+    model.merge_adapter()
+    torch.testing.assert_close(model.token.weight, table, rtol=1e-5, atol=1e-6)
+    assert trained(model) == 3 * 6
+
+
+def test_trainable_tokens_on_a_linear_layer_keep_its_bias() -> None:
+    model, _, own = attached(TrainableTokensConfig(token_indices=[2, 0], target_modules=["head"]))
+    W = torch.stack([own["head.tokens.value"][1], model.head.weight[1], own["head.tokens.value"][0]])
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(model.head(x), x @ W.T + model.head.bias, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TrainableTokensConfig(token_indices=[9, 5]), LoraConfig(r=2, trainable_token_indices=[9, 5])],
+    ids=["alone", "with LoRA"],
+)
+def test_tied_tables_share_the_trained_rows(config: PeftConfig, tmp_path: Any) -> None:
+    model, inputs, own = attached(config, models.llama(tie_word_embeddings=True))
+    table = model.model.embed_tokens.weight.detach().clone()
+    table[9], table[5] = own["model.embed_tokens.tokens.value"]
+    h = torch.randn(2, 16)
+    torch.testing.assert_close(model.lm_head(h), h @ table.T, rtol=1e-5, atol=1e-5)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = trimtab.PeftModel.from_pretrained(models.llama(tie_word_embeddings=True).model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), expected, rtol=0, atol=0)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight  # still tied
+    torch.testing.assert_close(merged.lm_head.weight, table, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_trainable_tokens_refuse_what_the_table_does_not_hold() -> None:
+    with pytest.raises(ConfigError, match=r"has 64 tokens: 64 is none of them. Closest: 63"):
+        get_peft_model(models.llama().model, TrainableTokensConfig(token_indices=[3, 64]))
+    with pytest.raises(ConfigError, match="token 3 is listed twice"):
+        get_peft_model(models.llama().model, TrainableTokensConfig(token_indices=[3, 5, 3]))
+    with pytest.raises(ConfigError, match="no token is chosen"):
+        TrainableTokensConfig()
+    with pytest.raises(TargetError, match="does not tell which embedding"):
+        get_peft_model(models.embeddings().model, TrainableTokensConfig(token_indices=[3]))
+    with pytest.raises(TargetError, match=r"lm_head is tied to the table .*leave it out"):
+        get_peft_model(models.llama(tie_word_embeddings=True).model,
+                       LoraConfig(target_modules=["lm_head"], trainable_token_indices=[3]))  # fmt: skip

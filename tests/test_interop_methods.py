@@ -46,6 +46,7 @@ ATTENTION = {
 }
 LAST = {"llama": "down_proj", "bert": "output.dense", "t5": "wo", "gpt2": "mlp.c_proj", "opt": "fc2", "vit": "fc2"}
 NO_GPT2 = ("llama", "bert", "t5", "opt", "vit")  # HF PEFT has it for nn.Linear only
+TOKENS = [60, *range(5, 64, 3)]  # in no order
 
 Row = tuple[str, str, dict[str, Any]]
 
@@ -101,6 +102,10 @@ CASES = [
     *rows("BOFT", NO_GPT2, boft_block_size=4),
     *rows("BOFT", ["bert"], boft_block_size=0, boft_block_num=2, bias="boft_only"),
     *rows("BOFT", ["pixels"], boft_block_size=6, target_modules=["plane"]),
+    *rows("TrainableTokens", ["llama", "opt", "bert", "t5", "gpt2"], target_modules=None, token_indices=TOKENS),
+    *rows("TrainableTokens", ["llama"], target_modules=["lm_head"], token_indices=[9, 2]),
+    *rows("Lora", ["llama", "bert", "gpt2", "opt"], r=2, trainable_token_indices=TOKENS),
+    *rows("Lora", ["llama"], r=2, trainable_token_indices={"embed_tokens": TOKENS, "lm_head": [3, 1]}),
     *rows("HRA", NO_GPT2, r=4),
     *rows("HRA", ["bert"], r=3, init_weights=False, bias="hra_only"),
     *rows("HRA", ["opt"], r=4, apply_GS=True, init_weights=False),

@@ -19,6 +19,7 @@ from trimtab import (
     LoraConfig,
     OFTConfig,
     PeftConfig,
+    TrainableTokensConfig,
     VeraConfig,
 )
 
@@ -48,6 +49,26 @@ def task() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         for own, other in zip(neighbour.parameters(), base.parameters(), strict=True):
             own.copy_(other + (0.5 if other.dim() == 1 else 0.1) * torch.randn_like(other))
         return base, x, neighbour(x)
+
+
+def test_trainable_tokens_learn_new_tokens() -> None:
+    """A sum over embeddings; the labels use other vectors for two of the tokens."""
+    torch.manual_seed(0)
+    base, wanted = nn.Embedding(8, 4), nn.Embedding(8, 4)
+    ids = torch.randint(0, 8, (64, 5))
+    table = nn.Sequential(nn.Embedding.from_pretrained(base.weight.detach()))
+    labels = base.weight.detach().clone()
+    labels[[2, 7]] = wanted.weight.detach()[[2, 7]]
+    model: Any = trimtab.get_peft_model(table, TrainableTokensConfig(token_indices=[7, 2]))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(ids).sum(1), F.embedding(ids, labels).sum(1))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
 
 
 @pytest.mark.parametrize("name", CASES)

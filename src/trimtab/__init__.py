@@ -33,6 +33,7 @@ from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
 from .methods.oft import OFTConfig
+from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.vera import VeraConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
@@ -72,6 +73,7 @@ __all__ = [
     "RecipeError",
     "TargetError",
     "TaskType",
+    "TrainableTokensConfig",
     "Trainer",
     "TrimtabError",
     "VeraConfig",

@@ -35,7 +35,8 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
 
 def state(adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
     """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given."""
-    found = {}
+    found: dict[str, Tensor] = {}
+    stored: set[int] = set()
     for (path, entry), key in keys(adapters).items():
         if key in found:
             continue
@@ -45,7 +46,9 @@ def state(adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, 
         else:
             tensor = adapters[path].state_dict()[entry]
         gather = getattr(tensor, "full_tensor", None)  # sharded by FSDP2
-        found[key] = (gather() if gather else tensor).detach().cpu().contiguous()
+        whole = (gather() if gather else tensor).detach().cpu().contiguous()
+        found[key] = whole.clone() if whole.data_ptr() in stored else whole  # safetensors writes no storage twice
+        stored.add(whole.data_ptr())
     return found
 
 

@@ -10,6 +10,7 @@ from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoraConfig
 from .oft import OFTConfig
+from .trainable_tokens import TrainableTokensConfig
 from .vera import VeraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
@@ -22,5 +23,6 @@ METHODS: dict[str, type[PeftConfig]] = {
     "lokr": LoKrConfig,
     "lora": LoraConfig,
     "oft": OFTConfig,
+    "trainable_tokens": TrainableTokensConfig,
     "vera": VeraConfig,
 }

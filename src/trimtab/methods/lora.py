@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from .. import weights
 from ..adapter import Adapter
-from ..errors import ConfigError, MergeError
+from ..errors import ConfigError, MergeError, TargetError
 from ..targets import TargetConfig, check_patterns, pattern_value
 from .bitfit import TrainedBias, add_biases, own_bias
 from .dora import Magnitude
+from .trainable_tokens import token_adapters
 
 
 class LoraAdapter(Adapter):
@@ -86,7 +87,8 @@ class LoraConfig(TargetConfig):
 
     r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability, on the input of A. bias: which biases are
     trained as well, "none", "all" or those of the targets ("lora_only"). use_rslora: s = lora_alpha / sqrt(r).
-    use_dora: learn the length of each row of the weight by itself (methods/dora.py).
+    trainable_token_indices: ids of tokens whose embeddings are trained as well (methods/trainable_tokens.py), or ids by
+    name of the table. use_dora: learn the length of each row of the weight by itself (methods/dora.py).
     rank_pattern, alpha_pattern: other values for the modules a key (a regular expression for the end of the name)
     means. init_lora_weights: True (A as nn.Linear's default, B zero), "gaussian" (A normal with deviation 1 / r), or
     False (both random). fan_in_fan_out is set by itself: the layer tells how it stores its weight.
@@ -98,7 +100,7 @@ class LoraConfig(TargetConfig):
         "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
         "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_bias": False,
         "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None,
-        "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
+        "qalora_group_size": 16, "target_parameters": None, "use_bdlora": None,
         "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
@@ -112,6 +114,7 @@ class LoraConfig(TargetConfig):
     init_lora_weights: bool | Literal["gaussian"] = True
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def resolved(self, model: nn.Module) -> "LoraConfig":
         config = super().resolved(model)
@@ -123,6 +126,12 @@ class LoraConfig(TargetConfig):
         targets = [name for name, adapter in made.items() if isinstance(adapter, LoraAdapter)]
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
+        if self.trainable_token_indices:
+            tokens = token_adapters(model, self.trainable_token_indices)
+            if both := sorted(tokens.keys() & made.keys()):
+                raise TargetError(f"{both[0]} is adapted or saved whole, and holds tokens of trainable_token_indices: "
+                                  "leave it out of one of them.")  # fmt: skip
+            made |= tokens
         return add_biases(made, model) if self.bias == "all" else made
 
     def build(self, name: str, site: nn.Module) -> LoraAdapter:
