@@ -153,6 +153,12 @@ ALL_SMALL_CONFIGS = [
     Case("trainable_tokens-linear", TrainableTokensConfig(token_indices=[2, 0], target_modules=["head"])),
     lora("lora-tokens", partial(models.gpt2, initializer_range=0.2), target_modules=["c_attn"],
          trainable_token_indices=TOKENS),
+    lora("lora-pissa", init_lora_weights="pissa", lora_dropout=0.1, skips={"identity": "dropout hides parts of W"}),
+    lora("lora-olora-dora", init_lora_weights="olora", use_dora=True, skips=DETACHED | {
+        "identity": "the rows' length is that of W - B0 A0 + B A, W's up to rounding", "switch": "W's up to rounding, as said",
+        "trains_in_float32": "W's up to rounding, as said"}),
+    lora("lora-orthogonal", init_lora_weights="orthogonal", skips={
+        "identity": "B A is zero up to rounding", "switch": "zero up to rounding, as said", "trains_in_float32": "zero up to rounding, as said"}),
     Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
 ]  # fmt: skip
 

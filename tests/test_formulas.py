@@ -491,6 +491,67 @@ def test_trainable_tokens_refuse_what_the_table_does_not_hold() -> None:
         TrainableTokensConfig()
     with pytest.raises(TargetError, match="does not tell which embedding"):
         get_peft_model(models.embeddings().model, TrainableTokensConfig(token_indices=[3]))
-    with pytest.raises(TargetError, match=r"lm_head is tied to the table .*leave it out"):
+    with pytest.raises(TargetError, match=r"lm_head is adapted or saved whole, and holds tokens"):
         get_peft_model(models.llama(tie_word_embeddings=True).model,
                        LoraConfig(target_modules=["lm_head"], trainable_token_indices=[3]))  # fmt: skip
+    with pytest.raises(TargetError, match=r"lm_head is tied to the table .*leave it out"):
+        get_peft_model(models.llama(tie_word_embeddings=True).model,
+                       TrainableTokensConfig(token_indices=[3], modules_to_save=["lm_head"]))  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- LoRA's starts
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_16", "olora"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_starts_at_parts_of_the_weight(kind: str, dora: bool) -> None:
+    """A and B are the paper's, nothing changes at first, and training goes on from W - s B0 A0."""
+    tiny = models.mlp()
+    W, b = tiny.model.first.weight.detach(), tiny.model.first.bias.detach()
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    W.copy_(U @ torch.tensor([4.0, 3.0, 0.3, 0.2, 0.1]).diag() @ Vh)  # with a gap that a randomised SVD finds
+    W = W.clone()
+    config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=kind, use_dora=dora, target_modules=["first"])
+    model = get_peft_model(tiny.model, config)
+    adapter, x = model.first.adapters["default"], tiny.inputs["x"]
+    A0, B0 = adapter.A.detach().clone(), adapter.B.detach().clone()
+    if kind == "olora":
+        expected = torch.linalg.qr(W)[0][:, :2] @ torch.linalg.qr(W)[1][:2]
+    else:
+        expected = U[:, :2] @ torch.tensor([4.0, 3.0]).diag() @ Vh[:2] / 3
+        torch.testing.assert_close(A0 @ A0.T, torch.tensor([4.0, 3.0]).diag() / 3, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(B0 @ A0, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.first(x), F.linear(x, W, b)) or dora
+    torch.testing.assert_close(model.first(x), F.linear(x, W, b), rtol=1e-5, atol=1e-5)
+    randomise(model)
+    V = W - 3 * B0 @ A0 + 3 * adapter.B.detach() @ adapter.A.detach()
+    if dora:
+        V = V * (adapter.magnitude.value.detach() / V.norm(dim=1))[:, None]
+    agrees(model, x, F.linear(x, V, b))
+    model.unload()
+    assert torch.equal(tiny.model.first.weight, W)  # the base never changes
+
+
+def test_the_orthogonal_start_changes_nothing() -> None:
+    tiny = models.mlp()
+    before = output(*tiny)
+    model = get_peft_model(
+        tiny.model, LoraConfig(r=4, init_lora_weights="orthogonal", target_modules=["first", "second"])
+    )
+    adapter = model.first.adapters["default"]
+    assert adapter.A.norm() > 0.1
+    assert adapter.B.norm() > 0.1
+    torch.testing.assert_close(adapter.B @ adapter.A, torch.zeros(7, 5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(output(*tiny), before, rtol=1e-5, atol=1e-5)
+
+
+def test_starts_that_make_no_sense_are_refused() -> None:
+    for settings, message in (
+        ({"init_lora_weights": "pisa"}, "Did you mean 'pissa'"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "r must be even, not 3. Closest: 4"),
+        ({"init_lora_weights": "pissa", "r": 6}, "first is a matrix of rank 5 at most: .*Closest: 5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            get_peft_model(models.mlp().model, LoraConfig(target_modules=["first"], **settings))
+    with pytest.raises(ConfigError, match="token is a Embedding, not a linear layer"):
+        get_peft_model(models.embeddings().model, LoraConfig(r=2, init_lora_weights="olora", target_modules=["token"]))

@@ -76,6 +76,10 @@ CASES = [
     *rows("Lora", ["bert", "opt", "gpt2"], use_dora=True, r=2, bias="all"),
     *rows("Lora", ["convolutions"], use_dora=True, r=2, target_modules=["volume", "head"]),
     *rows("Lora", ["embeddings"], use_dora=True, r=2, target_modules=["token", "head"]),
+    *rows("Lora", r=2, lora_alpha=3, init_lora_weights="pissa"),
+    *rows("Lora", ["llama"], r=2, lora_alpha=6, init_lora_weights="pissa", use_dora=True),
+    *rows("Lora", ["llama", "bert", "opt", "vit"], r=2, lora_alpha=3, init_lora_weights="olora"),
+    *rows("Lora", ["bert"], r=2, lora_alpha=6, init_lora_weights="orthogonal"),
     *rows("Vera", r=5, projection_prng_key=0),
     *rows("Vera", ["llama"], r=5, projection_prng_key=3, save_projection=False),
     *rows("Vera", ["bert", "opt"], r=3, bias="vera_only", d_initial=0.5),
@@ -130,10 +134,10 @@ def _quiet_peft() -> Iterator[None]:
 def pair(row: Row) -> tuple[Tiny, nn.Module]:
     """A tiny model, and a copy of its base for the other side.
 
-    transformers starts weights so small that attention hardly looks at its scores: these are larger.
+    transformers starts weights so small that attention hardly looks at its scores: these are larger. T5's are large.
     """
     tiny = TINY[row[1]]()
-    if row[1] in models.TRANSFORMERS:
+    if row[1] in models.TRANSFORMERS and row[1] != "t5":
         for parameter in tiny.model.parameters():
             parameter.data *= 3 if parameter.dim() > 1 else 1
     return tiny, copy.deepcopy(tiny.model)

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "ln_tuning": (LNTuningConfig(), 0.05, 0.3),
     "lora": (LoraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
     "dora": (LoraConfig(r=4, use_dora=True, target_modules=["0", "2"]), 0.02, 0.1),
+    "pissa": (LoraConfig(r=4, init_lora_weights="pissa", target_modules=["0", "2"]), 0.02, 0.1),
     "vera": (VeraConfig(r=64, target_modules=["0", "2", "4"]), 0.02, 0.1),
     "loha": (LoHaConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
     "lokr": (LoKrConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),
