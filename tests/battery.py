@@ -24,13 +24,20 @@ import trimtab
 from trimtab import (
     AdaLoraConfig,
     BitFitConfig,
+    BOFTConfig,
     BottleneckConfig,
+    HRAConfig,
     IA3Config,
     LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MergeError,
+    OFTConfig,
     PeftConfig,
     PeftModel,
+    TrainableTokensConfig,
+    VeraConfig,
     get_peft_model,
     sites,
 )
@@ -58,6 +65,10 @@ def lora(id: str, tiny: Callable[[], Tiny] = models.mlp, skips: dict[str, str] |
 REPLACES = {"nest": "two trained copies of one module cannot act together; they are refused"}
 BENT = {"merge": "a non-linearity lies between the two matrices, so no weight does the same"}
 COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}
+DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
+_PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
+PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
+TOKENS = models.ids().unique().tolist()[::-1]
 
 ALL_SMALL_CONFIGS = [
     lora("lora"),
@@ -119,6 +130,57 @@ ALL_SMALL_CONFIGS = [
          {"finite_differences": "the same shift of all keys shifts all scores of a query alike, which softmax drops"}),
     Case("bitfit-encoder", BitFitConfig(), models.encoder),
     Case("bitfit-convolutions", BitFitConfig(), models.convolutions),
+    lora("dora", use_dora=True, skips=DETACHED),
+    lora("dora-bias-dropout", use_dora=True, bias="all", lora_dropout=0.5, skips=DETACHED),
+    lora("dora-gpt2", partial(models.gpt2, initializer_range=0.2), use_dora=True, target_modules=["c_attn", "c_proj"],
+         skips=DETACHED),
+    lora("dora-encoder", models.encoder, use_dora=True, target_modules="all-linear", skips=DETACHED),
+    lora("dora-convolutions", models.convolutions, use_dora=True, target_modules=["volume", "plane", "line", "same"],
+         skips=DETACHED),
+    lora("dora-embeddings", models.embeddings, use_dora=True, target_modules=["token", "inner"], skips=DETACHED),
+    Case("vera", VeraConfig(r=6, target_modules=["first", "second"], bias="vera_only")),
+    Case("vera-seed", VeraConfig(r=6, target_modules=["first", "second"], save_projection=False, vera_dropout=0.5)),
+    Case("loha", LoHaConfig(r=2, alpha=3, target_modules=["first", "second"])),
+    Case("loha-gpt2", LoHaConfig(r=4, alpha=16), partial(models.gpt2, initializer_range=0.2)),
+    Case("loha-dropout", LoHaConfig(r=2, target_modules=["first", "second"], rank_dropout=0.3, module_dropout=0.01)),
+    Case("loha-convolutions", LoHaConfig(r=4, target_modules=["volume", "plane", "line", "same"],
+                                         use_effective_conv2d=True), partial(models.convolutions, groups=2)),
+    Case("loha-embeddings", LoHaConfig(r=4, target_modules=["token", "inner"]), models.embeddings),
+    Case("lokr", LoKrConfig(r=2, alpha=3, target_modules=["first", "second"])),
+    Case("lokr-low-rank", LoKrConfig(r=1, target_modules=["first", "second"], decompose_both=True, decompose_factor=3)),
+    Case("lokr-convolutions", LoKrConfig(r=1, target_modules=["volume", "plane", "line", "same"],
+                                         use_effective_conv2d=True), partial(models.convolutions, groups=2)),
+    Case("oft", OFTConfig(oft_block_size=0, r=1, target_modules=["first", "second"], bias="oft_only")),
+    Case("oft-cayley-gpt2", OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("oft-dropout", OFTConfig(oft_block_size=4, module_dropout=0.1), partial(models.gpt2, initializer_range=0.2)),
+    Case("oft-encoder", OFTConfig(oft_block_size=4, target_modules=["self_attn", "linear1"]), models.encoder),
+    Case("oft-convolutions", OFTConfig(oft_block_size=4, target_modules=["volume", "plane", "line"]),
+         partial(models.convolutions, groups=2)),
+    Case("oft-embeddings", OFTConfig(oft_block_size=3, target_modules=["token"]), models.embeddings),
+    Case("boft", BOFTConfig(boft_block_size=0, boft_block_num=1, target_modules=["first", "second"], bias="all")),
+    Case("boft-butterfly", BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("boft-convolutions", BOFTConfig(boft_block_size=6, target_modules=["volume", "plane", "line"]),
+         models.convolutions),
+    Case("hra", HRAConfig(r=2, target_modules=["first", "second"], bias="hra_only"), skips=PAIRS),
+    Case("hra-orthogonal", HRAConfig(r=2, apply_GS=True, target_modules=["first", "second"]),
+         skips={"identity": "W (I - 2 U U^T) is no identity for any U", "switch": "the second starts as no identity",
+                "trains_in_float32": "it is no identity at first"}),
+    Case("hra-convolutions", HRAConfig(r=4, target_modules=["volume", "plane", "line"]), models.convolutions, PAIRS),
+    Case("trainable_tokens", TrainableTokensConfig(token_indices=TOKENS), models.llama, COARSE),
+    Case("trainable_tokens-tied", TrainableTokensConfig(token_indices=TOKENS),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("trainable_tokens-linear", TrainableTokensConfig(token_indices=[2, 0], target_modules=["head"])),
+    lora("lora-tokens", partial(models.gpt2, initializer_range=0.2), target_modules=["c_attn"],
+         trainable_token_indices=TOKENS),
+    lora("lora-pissa", init_lora_weights="pissa", lora_dropout=0.1, skips={"identity": "dropout hides parts of W"}),
+    lora("lora-olora-dora", init_lora_weights="olora", use_dora=True, skips=DETACHED | {
+        "identity": "the rows' length is that of W - B0 A0 + B A, W's up to rounding", "switch": "W's up to rounding, as said",
+        "trains_in_float32": "W's up to rounding, as said"}),
+    lora("lora-orthogonal", init_lora_weights="orthogonal", skips={
+        "identity": "B A is zero up to rounding", "switch": "zero up to rounding, as said", "trains_in_float32": "zero up to rounding, as said"}),
+    Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
 ]  # fmt: skip
 
 

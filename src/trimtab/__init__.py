@@ -26,15 +26,19 @@ from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_traini
 from .merge import QuantizedMergeWarning
 from .methods.adalora import AdaLoraConfig
 from .methods.bitfit import BitFitConfig
+from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
+from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
 from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
+from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.vera import VeraConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
@@ -56,11 +60,13 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
     "BitFitConfig",
     "BottleneckConfig",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "HRAConfig",
     "IA3Config",
     "InputAdapter",
     "LNTuningConfig",
@@ -68,6 +74,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "MergeError",
+    "OFTConfig",
     "PartialTargetWarning",
     "PeftConfig",
     "PeftModel",
@@ -80,6 +87,7 @@ __all__ = [
     "RecipeError",
     "TargetError",
     "TaskType",
+    "TrainableTokensConfig",
     "Trainer",
     "TrimtabError",
     "VeraConfig",

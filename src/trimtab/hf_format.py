@@ -40,6 +40,7 @@ def state(
 ) -> dict[str, Tensor]:
     """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given."""
     found: dict[str, Tensor] = {}
+    stored: set[int] = set()
     for (path, entry), key in keys(adapters, config.hf_root).items():
         if key in found:
             continue
@@ -49,8 +50,9 @@ def state(
         else:
             tensor = adapters[path].state_dict()[entry]
         gather = getattr(tensor, "full_tensor", None)  # sharded by FSDP2
-        whole = config.packed(path, entry, gather() if gather else tensor)
-        found[key] = whole.detach().cpu().contiguous()
+        whole = config.packed(path, entry, gather() if gather else tensor).detach().cpu().contiguous()
+        found[key] = whole.clone() if whole.data_ptr() in stored else whole  # safetensors writes no storage twice
+        stored.add(whole.data_ptr())
     for path, adapter in adapters.items():
         if adapter.hf_computed:
             own = {entry: found[key] for (_, entry), key in keys({path: adapter}, config.hf_root).items()}

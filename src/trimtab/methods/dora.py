@@ -19,16 +19,17 @@ from .bitfit import own_bias
 class Magnitude(nn.Module):
     """m, beside a pair A (r, in, *kernel), B (out, r, *ones) of scale s."""
 
-    def __init__(self, site: nn.Module, A: Tensor, B: Tensor, scale: float) -> None:
+    def __init__(self, site: nn.Module) -> None:
         super().__init__()
         shape = weights.layout(site)
         assert shape is not None
         # The shape in HF PEFT's files: (out,), and (1, out, 1, ...) on convolutions.
         around = [1] if shape.kernel else []
         self.value = weights.new_parameter(site, *around, shape.out, *[1] * len(shape.kernel))
-        if not self.value.is_meta:
-            with torch.no_grad():
-                self.value.copy_(_norms(site, A, B, scale).view_as(self.value))
+
+    @torch.no_grad()
+    def start(self, site: nn.Module, A: Tensor, B: Tensor, scale: float) -> None:
+        self.value.copy_(_norms(site, A, B, scale).view_as(self.value))
 
     def factor(self, site: nn.Module, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """g (out,)."""
