@@ -7,7 +7,7 @@ import torch
 from test_learn import task
 from torch.nn import functional as F
 
-from trimtab import AdaLoraConfig, BottleneckConfig, PeftConfig, get_peft_model
+from trimtab import AdaLoraConfig, BottleneckConfig, CompacterConfig, PeftConfig, get_peft_model
 
 STEPS = 150
 
@@ -18,6 +18,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
         0.03,
         0.15,
     ),
+    "compacter": (CompacterConfig(reduction_factor=1, phm_rank=4, target_modules=["0", "2"]), 0.02, 0.2),
     "bottleneck": (BottleneckConfig(reduction_factor=2, non_linearity="gelu", target_modules=["0", "2"]), 0.02, 0.2),
 }
 

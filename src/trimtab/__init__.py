@@ -28,6 +28,7 @@ from .methods.adalora import AdaLoraConfig
 from .methods.bitfit import BitFitConfig
 from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
+from .methods.compacter import CompacterConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
 from .methods.ln_tuning import LNTuningConfig
@@ -64,6 +65,7 @@ __all__ = [
     "BitFitConfig",
     "BottleneckConfig",
     "CheckpointError",
+    "CompacterConfig",
     "ConfigError",
     "DataError",
     "HRAConfig",

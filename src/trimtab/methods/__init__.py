@@ -5,6 +5,7 @@ from .adalora import AdaLoraConfig
 from .bitfit import BitFitConfig
 from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig
+from .compacter import CompacterConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
 from .ln_tuning import LNTuningConfig
@@ -23,6 +24,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "bitfit": BitFitConfig,
     "boft": BOFTConfig,
     "bottleneck": BottleneckConfig,
+    "compacter": CompacterConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
     "ln_tuning": LNTuningConfig,

@@ -80,8 +80,8 @@ class AdaLoraConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
     hf_prefix: ClassVar[str] = "lora_"
-    hf_only: ClassVar[dict[str, Any]] = {
-        **LoraConfig.hf_only, "alpha_pattern": {}, "bias": "none", "r": 8, "use_dora": False, "use_rslora": False
+    hf_only: ClassVar[dict[str, Any]] = {  # HF PEFT's class has all of LoRA's settings
+        **LoraConfig.hf_only, **{name: field.default for name, field in LoraConfig.model_fields.items()}
     }  # fmt: skip
     found_in_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 

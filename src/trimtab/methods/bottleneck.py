@@ -92,10 +92,8 @@ class BottleneckAdapter(Adapter):
 
     def _bottleneck(self, h: Tensor) -> Tensor:
         """U act(D h), h (..., in) -> (..., out)."""
-        dtype = h.dtype
         h = self._normed(h) if self.norm_first else h
-        h = F.linear(h, self.down.to(dtype), self.down_bias.to(dtype))
-        h = F.linear(ACTIVATIONS[self.activation](h), self.up.to(dtype), self.up_bias.to(dtype))
+        h = squeeze(h, self.down, self.down_bias, self.up, self.up_bias, self.activation)
         return h if self.norm_first else self._normed(h)
 
     def _normed(self, h: Tensor) -> Tensor:
@@ -136,12 +134,7 @@ class BottleneckConfig(TargetConfig):
         return self
 
     def default_targets(self, model: nn.Module) -> list[str]:
-        found = parts(model)
-        ends = [end for part, (_, end) in found.items() if self.variant == "houlsby" or not is_attention(part)]
-        if not ends:
-            raise TargetError(f"{type(model).__name__} has no numbered layers with a feed-forward part that ends in a "
-                              "linear layer as wide as it begins. Give target_modules.")  # fmt: skip
-        return compact([name for name in adaptable(model) if name in ends], model)
+        return ends_of_parts(model, attention=self.variant == "houlsby")
 
     def resolved(self, model: nn.Module) -> "BottleneckConfig":
         config = super().resolved(model)
@@ -158,10 +151,10 @@ class BottleneckConfig(TargetConfig):
         return left
 
     def fits(self, module: nn.Module) -> bool:
-        return not isinstance(module, weights.CONVOLUTIONS) and _width(module) is not None
+        return not isinstance(module, weights.CONVOLUTIONS) and width(module) is not None
 
     def build(self, name: str, site: nn.Module) -> BottleneckAdapter:
-        out = _width(site)
+        out = width(site)
         assert out is not None
         shape = weights.layout(site)
         return self._sized(name, site, shape.into if shape and self.variant == "parallel" else out, out)
@@ -188,6 +181,21 @@ class BottleneckConfig(TargetConfig):
             raise ConfigError(f"{name} is {into} wide: reduction_factor={self.reduction_factor:g} leaves nothing. "
                               f"Closest: {into}.")  # fmt: skip
         return BottleneckAdapter(site, into, out, self)
+
+
+def squeeze(h: Tensor, D: Tensor, d: Tensor, U: Tensor, u: Tensor, activation: str) -> Tensor:
+    """U act(D h + d) + u, h (..., in) -> (..., out), in the type of h."""
+    inner = ACTIVATIONS[activation](F.linear(h, D.to(h.dtype), d.to(h.dtype)))
+    return F.linear(inner, U.to(h.dtype), u.to(h.dtype))
+
+
+def ends_of_parts(model: nn.Module, attention: bool) -> list[str]:
+    """The last linear layer of every feed-forward part, and of attention too if that is wanted, as target_modules."""
+    ends = [end for part, (_, end) in parts(model).items() if attention or not is_attention(part)]
+    if not ends:
+        raise TargetError(f"{type(model).__name__} has no numbered layers with a feed-forward part that ends in a "
+                          "linear layer as wide as it begins. Give target_modules.")  # fmt: skip
+    return compact([name for name in adaptable(model) if name in ends], model)
 
 
 def parts(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -219,7 +227,7 @@ def layer_number(name: str, default: int) -> int:
     return next((int(part) for part in name.split(".") if part.isdecimal()), default)
 
 
-def _width(module: nn.Module) -> int | None:
+def width(module: nn.Module) -> int | None:
     """How many features the module gives: its own, or those of the last layer in it."""
     inner = [found for part in module.modules() if (found := weights.layout(part)) is not None and not found.kernel]
     if inner:
