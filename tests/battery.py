@@ -32,6 +32,7 @@ from trimtab import (
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
+    LoReftConfig,
     LoraConfig,
     MergeError,
     OFTConfig,
@@ -117,6 +118,10 @@ ALL_SMALL_CONFIGS = [
     Case("compacter", CompacterConfig(phm_dim=2, phm_rank=2, reduction_factor=2, target_modules=["second", "norm"]),
          skips=BENT),
     Case("compacter-t5", CompacterConfig(reduction_factor=2, plus_plus=True), models.t5, BENT | COARSE),
+    Case("loreft", LoReftConfig(r=2, first=2, last=1, tied=False, layers=[0]), models.bert,
+         {"merge": "it acts at some positions only, so no weight does the same"}),
+    Case("loreft-gpt2", LoReftConfig(r=3, first=0, last=2), models.gpt2,
+         {"merge": "it acts at some positions only, so no weight does the same"}),
     Case("ia3", IA3Config(target_modules=["first", "second"], feedforward_modules=["second"])),
     Case("ia3-llama", IA3Config(), models.llama, COARSE),
     Case("ia3-gpt2", IA3Config(), partial(models.gpt2, initializer_range=0.2)),
@@ -536,8 +541,8 @@ def two_active_adapters_nest(case: Case) -> None:
     run(model, inputs)
     checked = 0
     for site, args, kwargs, got in calls:
-        if isinstance(site, sites.ReadSite):
-            continue  # merging checks those
+        if isinstance(site, sites.ReadSite | sites.InputSite):
+            continue  # merging checks the former; the latter take many arguments
         keyword = next(iter(kwargs)) if not args else None
         first = kwargs.pop(keyword) if keyword else args[0]
         rest, a, b = args[1:], site.adapters["default"], site.adapters["second"]

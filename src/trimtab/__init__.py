@@ -35,6 +35,7 @@ from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
+from .methods.loreft import LoReftConfig
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
@@ -74,6 +75,7 @@ __all__ = [
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
+    "LoReftConfig",
     "LoraConfig",
     "MergeError",
     "OFTConfig",

@@ -107,6 +107,8 @@ class InputAdapter(Adapter):
     Its keys in HF PEFT's files are whole keys, without a module's name.
     """
 
+    looks_only: ClassVar[bool] = False  # it changes nothing, so it can act beside others
+
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments in place of `given`. Must return new ones, never change `given` in place."""
         return given

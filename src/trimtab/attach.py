@@ -29,7 +29,9 @@ class Trunk:
         return {path: cast(Adapter, adapters[name]) for path, adapters in there.items() if name in adapters}
 
     def changes_input(self, name: str) -> bool:
-        return any(isinstance(adapter, InputAdapter) for adapter in self.adapters(name).values())
+        return any(
+            isinstance(adapter, InputAdapter) and not adapter.looks_only for adapter in self.adapters(name).values()
+        )
 
 
 def trunk(model: nn.Module) -> Trunk:
@@ -167,5 +169,3 @@ def counts(model: nn.Module) -> tuple[int, int]:
 def _size(parameter: Tensor) -> int:
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
-
-

@@ -12,6 +12,7 @@ from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoraConfig
+from .loreft import LoReftConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
@@ -31,6 +32,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "loha": LoHaConfig,
     "lokr": LoKrConfig,
     "lora": LoraConfig,
+    "loreft": LoReftConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
