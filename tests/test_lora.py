@@ -456,7 +456,8 @@ def test_merging_requantizes_and_warns_and_unmerging_restores_the_bytes(build: A
     """Called or not before: bitsandbytes moves scales and packs weights anew at the first call."""
     pytest.importorskip("bitsandbytes")
     tiny = build()
-    W = dense(tiny.model.first)
+    W, state = dense(tiny.model.first), getattr(tiny.model.first.weight, "quant_state", None)
+    precision = state.dtype if state else None
     model, inputs = quantized_lora(tiny)
     active = run(copy.deepcopy(model), inputs)
     if called:
@@ -472,6 +473,8 @@ def test_merging_requantizes_and_warns_and_unmerging_restores_the_bytes(build: A
     else:
         assert same_bits(dense(model.first), requantized(model.first, folded))
     assert type(model.first.weight).__name__ in ("Params4bit", "Int8Params")
+    if precision:
+        assert model.first.weight.quant_state.dtype == precision
     assert not model.first.weight.requires_grad
     merged = run(model, inputs)
     assert (merged - active).norm() < 0.3 * active.norm()  # 4 bits are coarse

@@ -177,6 +177,42 @@ class Keywords(nn.Module):
         return self.loose(anything=self.pair(scale=2.0, x=h) + self.pair(h, 3.0)) + self.constant()
 
 
+class Affine(Adapter):
+    """x -> a x + b before, y -> c y + d x after: the order in which two of these nest shows."""
+
+    def __init__(self, a: float, b: float, c: float, d: float) -> None:
+        super().__init__()
+        self.numbers = a, b, c, d
+
+    def before(self, site: nn.Module, x: Any) -> Any:
+        a, b, _, _ = self.numbers
+        return a * x + b
+
+    def after(self, site: nn.Module, x: Any, y: Any) -> Any:
+        _, _, c, d = self.numbers
+        return c * y + d * x
+
+
+def test_active_adapters_nest_in_their_order() -> None:
+    """g(x) = p.after(x, f(p.before(x))), and around that h(x) = q.after(x, g(q.before(x)))."""
+    model, inputs = models.mlp()
+    model.first = nn.Linear(5, 5)
+    f, x = copy.deepcopy(model.first), inputs["x"]
+    get_peft_model(model, LoraConfig(target_modules=["first"]), "p")
+    model.add_adapter("q", LoraConfig(target_modules=["first"]))
+    model.first.adapters["p"], model.first.adapters["q"] = Affine(2, 1, 3, 5), Affine(-1, 4, 0.5, 7)
+
+    def g(x: Tensor) -> Tensor:
+        return 3 * f(2 * x + 1) + 5 * x
+
+    model.set_adapter(["p", "q"])
+    close(model.first(x), 0.5 * g(-x + 4) + 7 * x)
+    model.set_adapter(["q", "p"])
+    close(model.first(x), 3 * (0.5 * f(-(2 * x + 1) + 4) + 7 * (2 * x + 1)) + 5 * x)
+    model.set_adapter("p")
+    close(model.first(x), g(x))
+
+
 class Pair(nn.Linear):
     def __init__(self) -> None:
         super().__init__(4, 4)
