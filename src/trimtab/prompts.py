@@ -110,9 +110,7 @@ class Prompt(VirtualTokens):
         for name in ("start_positions", "end_positions"):
             if given.get(name) is not None:
                 new[name] = given[name] + self.tokens
-        if _wants_tuple(site, given):
-            new["return_dict"] = True  # the names tell which results have positions
-        return new
+        return named(site, new)
 
     def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
         if self.feeds_decoder or not isinstance(result, Mapping):
@@ -126,8 +124,7 @@ class Prompt(VirtualTokens):
             positions = isinstance(value, Tensor) and value.dim() == each and value.shape[1] == whole
             return value[:, self.tokens :] if positions else value
 
-        result = type(result)(**{name: cut(name, value) for name, value in result.items()})
-        return result.to_tuple() if _wants_tuple(site, given) else result
+        return unnamed(site, given, type(result)(**{name: cut(name, value) for name, value in result.items()}))
 
 
 class WiderMask(InputAdapter):
@@ -166,9 +163,20 @@ def _length(given: Mapping[str, Any], where: str = "") -> int:
     return int((ids if ids is not None else given[f"{where}inputs_embeds"]).shape[1])
 
 
-def _wants_tuple(site: nn.Module, given: Mapping[str, Any]) -> bool:
-    wanted = given.get("return_dict")
-    return not (getattr(site.config, "return_dict", True) if wanted is None else wanted)
+def named(site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that give a result with names, which tell its parts from each other."""
+    return given if setting(site, given, "return_dict") else {**given, "return_dict": True}
+
+
+def unnamed(site: nn.Module, given: Mapping[str, Any], result: Any) -> Any:
+    """The result as the caller asked for it: with names or, in the end, as a tuple."""
+    return result if setting(site, given, "return_dict") else result.to_tuple()
+
+
+def setting(site: nn.Module, given: Mapping[str, Any], name: str) -> bool:
+    """An argument for which the model's config has the default."""
+    value = given.get(name)
+    return bool(getattr(getattr(site, "config", None), name, True) if value is None else value)
 
 
 class PromptLearningConfig(SavedModulesConfig):

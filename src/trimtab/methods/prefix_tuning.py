@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import caches, weights
 from ..adapter import Adapter
 from ..errors import AdapterError, ConfigError, TargetError
-from ..prompts import PromptLearningConfig, VirtualTokens, cached, takes, text_config
+from ..prompts import PromptLearningConfig, VirtualTokens, cached, named, setting, takes, text_config, unnamed
 from ..targets import base_modules
 
 
@@ -46,7 +46,13 @@ class Prefix(VirtualTokens):
         new = self.behind(given, self.where)
         if not cached(given):
             new["past_key_values"] = caches.filled(site, given.get("past_key_values"), self.states(site, given))
-        return new
+        return named(site, new)
+
+    def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
+        if given.get("past_key_values") is None and not setting(site, given, "use_cache"):
+            # or generate would go on from a cache it did not ask for
+            result = type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
+        return unnamed(site, given, result)
 
     def states(self, site: nn.Module, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values (B, heads, P, width of a head) of each layer."""
