@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens of the user's, P virtual tokens before them, D the embedding's width.
 """
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self, cast
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, InputAdapter, TaskType
 from .errors import AdapterError, ConfigError, TargetError
-from .targets import SavedModulesConfig, base_modules
+from .targets import SavedModulesConfig, base_modules, takes
 
 FLAT = "prompt_embeddings"  # HF PEFT's one key for all that these methods learn
 DEFAULT_TOKENS = 20
@@ -197,7 +196,8 @@ class PromptLearningConfig(SavedModulesConfig):
 
     def resolved(self, model: nn.Module) -> Self:
         config = super().resolved(model)
-        sizes = text_config(model)
+        sizes: Any = getattr(model, "config", None)
+        sizes = sizes.get_text_config() if hasattr(sizes, "get_text_config") else sizes
         submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
         found = {
             "num_virtual_tokens": DEFAULT_TOKENS,
@@ -235,11 +235,6 @@ class PromptConfig(PromptLearningConfig):
         return made | self.trained_copies(model)
 
 
-def text_config(model: nn.Module, decoder: bool | None = None) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config(decoder) if hasattr(config, "get_text_config") else config
-
-
 def reader(model: nn.Module) -> tuple[str, nn.Module]:
     """The module that embeds the tokens: the root, or the encoder of an encoder-decoder, with its name.
 
@@ -271,7 +266,3 @@ def embedding(module: nn.Module) -> nn.Embedding:
             "Use a method at layers, such as LoraConfig."
         )
     return found
-
-
-def takes(module: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(module.forward).parameters
