@@ -32,12 +32,15 @@ from trimtab import (
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
-    LoReftConfig,
     LoraConfig,
+    LoReftConfig,
     MergeError,
     OFTConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
@@ -71,6 +74,19 @@ DETACHED = {"finite_differences": "the paper's gradient takes the norm of the ro
 _PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
 PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
 TOKENS = models.ids().unique().tolist()[::-1]
+
+
+def virtual(id: str, config: type[PeftConfig], tiny: Callable[[], Tiny] = models.gpt2, **settings: Any) -> Case:
+    """Virtual tokens before the input of a causal language model, unless the case says otherwise."""
+    skips = {
+        "identity": "tokens before the input change what attention sees, whatever they hold",
+        "merge": "no weight stands for tokens before the input",
+        "nest": "one set of virtual tokens acts at a time; a second is refused",
+    }
+    if tiny is models.t5:
+        skips["finite_differences"] = "T5's norm computes in float32 whatever its input, too coarse for a difference"
+    return Case(id, config(**{"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", **settings}), tiny, skips)  # type: ignore[arg-type]
+
 
 ALL_SMALL_CONFIGS = [
     lora("lora"),
@@ -190,6 +206,16 @@ ALL_SMALL_CONFIGS = [
     lora("lora-orthogonal", init_lora_weights="orthogonal", skips={
         "identity": "B A is zero up to rounding", "switch": "zero up to rounding, as said", "trains_in_float32": "zero up to rounding, as said"}),
     Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
+    virtual("prompt_tuning", PromptTuningConfig),
+    virtual("prompt_tuning-sampled", PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"),
+    virtual("prompt_tuning-bert", PromptTuningConfig, models.bert, task_type="SEQ_CLS"),
+    virtual("prompt_tuning-t5", PromptTuningConfig, models.t5, task_type="SEQ_2_SEQ_LM"),
+    virtual("p_tuning-mlp", PromptEncoderConfig, models.opt, encoder_hidden_size=7),
+    virtual("p_tuning-lstm", PromptEncoderConfig, encoder_hidden_size=7, encoder_reparameterization_type="LSTM"),
+    virtual("prefix_tuning", PrefixTuningConfig),
+    virtual("prefix_tuning-projection", PrefixTuningConfig, models.opt, prefix_projection=True, encoder_hidden_size=7),
+    virtual("prefix_tuning-bert", PrefixTuningConfig, models.bert, task_type="SEQ_CLS"),
+    virtual("prefix_tuning-t5", PrefixTuningConfig, models.t5, task_type="SEQ_2_SEQ_LM"),
 ]  # fmt: skip
 
 
@@ -425,12 +451,13 @@ def adapters_switch(case: Case) -> None:
     model.add_adapter("second", case.config)
     assert same_bits(run(model, inputs), first)
     model.set_adapter("second")
-    assert same_bits(run(model, inputs), run(case.tiny().model, inputs))
+    if not case.skipped("identity"):
+        assert same_bits(run(model, inputs), run(case.tiny().model, inputs))
     randomise(model, seed=4)
     second = run(model, inputs)
     far(second, first)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if ".adapters.second." in name}
+    assert trained == {name for name, _ in model.named_parameters() if ".adapters.second." in f".{name}"}
     model.set_adapter("default")
     far(run(model, inputs), second)
     model.set_adapter("second")
@@ -449,7 +476,7 @@ def deleting_leaves_the_others(case: Case) -> None:
     with pytest.warns(UserWarning, match="now 'second' is"):
         model.delete_adapter("default")
     assert model.active_adapters == ["second"]
-    assert not any(".adapters.default." in name for name in model.state_dict())
+    assert not any(".adapters.default." in f".{name}" for name in model.state_dict())
     model.delete_adapter("second")
     assert model.active_adapters == []
     assert same_bits(run(model, inputs), run(case.tiny().model, inputs))
@@ -520,7 +547,8 @@ def trains_in_float32_on_a_bfloat16_base(case: Case) -> None:
     model, inputs = plain(case, torch.bfloat16)
     before = run(model, inputs)
     get_peft_model(model, case.config)
-    assert same_bits(run(model, inputs), before)
+    if not case.skipped("identity"):
+        assert same_bits(run(model, inputs), before)
     randomise(model)
     assert {p.dtype for name, p in model.named_parameters() if is_adapter(name)} == {torch.float32}
     assert run(model, inputs).dtype == torch.bfloat16
@@ -586,7 +614,7 @@ def saves_and_loads_under_another_name(case: Case) -> None:
     model.set_adapter("again")
     assert same_bits(run(model, inputs), active)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        name for name, _ in model.named_parameters() if ".adapters.again." in name
+        name for name, _ in model.named_parameters() if ".adapters.again." in f".{name}"
     }
     saved, own = fresh.peft_config["other"].to_dict(), model.peft_config["default"].to_dict()
     assert {**saved, "inference_mode": None} == {**own, "inference_mode": None}

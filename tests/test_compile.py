@@ -10,8 +10,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from battery import close, far, is_adapter, loss, run, same_bits
-from models import Tiny, output
+from battery import close, far, loss, run, same_bits
+from models import Tiny
 from test_integration import EVERY_SHAPE, all_close, attach, gradients, second
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens of the user's, P virtual tokens before them, D the embedding's width.
 """
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self, cast
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, InputAdapter, TaskType
 from .errors import AdapterError, ConfigError, TargetError
-from .targets import SavedModulesConfig, base_modules
+from .targets import SavedModulesConfig, base_modules, takes
 
 FLAT = "prompt_embeddings"  # HF PEFT's one key for all that these methods learn
 DEFAULT_TOKENS = 20
@@ -110,9 +109,7 @@ class Prompt(VirtualTokens):
         for name in ("start_positions", "end_positions"):
             if given.get(name) is not None:
                 new[name] = given[name] + self.tokens
-        if _wants_tuple(site, given):
-            new["return_dict"] = True  # the names tell which results have positions
-        return new
+        return named(site, new)
 
     def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
         if self.feeds_decoder or not isinstance(result, Mapping):
@@ -126,8 +123,7 @@ class Prompt(VirtualTokens):
             positions = isinstance(value, Tensor) and value.dim() == each and value.shape[1] == whole
             return value[:, self.tokens :] if positions else value
 
-        result = type(result)(**{name: cut(name, value) for name, value in result.items()})
-        return result.to_tuple() if _wants_tuple(site, given) else result
+        return unnamed(site, given, type(result)(**{name: cut(name, value) for name, value in result.items()}))
 
 
 class WiderMask(InputAdapter):
@@ -166,9 +162,20 @@ def _length(given: Mapping[str, Any], where: str = "") -> int:
     return int((ids if ids is not None else given[f"{where}inputs_embeds"]).shape[1])
 
 
-def _wants_tuple(site: nn.Module, given: Mapping[str, Any]) -> bool:
-    wanted = given.get("return_dict")
-    return not (getattr(site.config, "return_dict", True) if wanted is None else wanted)
+def named(site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that give a result with names, which tell its parts from each other."""
+    return given if setting(site, given, "return_dict") else {**given, "return_dict": True}
+
+
+def unnamed(site: nn.Module, given: Mapping[str, Any], result: Any) -> Any:
+    """The result as the caller asked for it: with names or, in the end, as a tuple."""
+    return result if setting(site, given, "return_dict") else result.to_tuple()
+
+
+def setting(site: nn.Module, given: Mapping[str, Any], name: str) -> bool:
+    """An argument for which the model's config has the default."""
+    value = given.get(name)
+    return bool(getattr(getattr(site, "config", None), name, True) if value is None else value)
 
 
 class PromptLearningConfig(SavedModulesConfig):
@@ -189,7 +196,8 @@ class PromptLearningConfig(SavedModulesConfig):
 
     def resolved(self, model: nn.Module) -> Self:
         config = super().resolved(model)
-        sizes = text_config(model)
+        sizes: Any = getattr(model, "config", None)
+        sizes = sizes.get_text_config() if hasattr(sizes, "get_text_config") else sizes
         submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
         found = {
             "num_virtual_tokens": DEFAULT_TOKENS,
@@ -227,11 +235,6 @@ class PromptConfig(PromptLearningConfig):
         return made | self.trained_copies(model)
 
 
-def text_config(model: nn.Module, decoder: bool | None = None) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config(decoder) if hasattr(config, "get_text_config") else config
-
-
 def reader(model: nn.Module) -> tuple[str, nn.Module]:
     """The module that embeds the tokens: the root, or the encoder of an encoder-decoder, with its name.
 
@@ -263,7 +266,3 @@ def embedding(module: nn.Module) -> nn.Embedding:
             "Use a method at layers, such as LoraConfig."
         )
     return found
-
-
-def takes(module: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(module.forward).parameters

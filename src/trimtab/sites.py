@@ -121,10 +121,15 @@ class AnySite(Swapped, nn.Module):
     _active: Active
     _kept: dict[str, Any]  # while merged: the parameters as they were
 
-    def acting(self) -> list[Adapter]:
-        """The adapters that shape this call: active, and not already in the weights."""
-        active = self._active
-        return [self.adapters[name] for name in active.names if name in self.adapters and name not in active.merged]  # type: ignore[misc]
+    def acting(self, on_input: bool = False) -> list[Adapter]:
+        """The adapters that shape this call: active, and not already in the weights.
+
+        Args:
+            on_input: those that act on the arguments by name, instead of those that act around the call.
+        """
+        names = [name for name in self._active.names if name in self.adapters and name not in self._active.merged]
+        stack = [cast(Adapter, self.adapters[name]) for name in names]
+        return [adapter for adapter in stack if isinstance(adapter, InputAdapter) == on_input]
 
 
 class Site(AnySite):
@@ -158,7 +163,7 @@ class InputSite(AnySite):
     """The model, or a large part of it: its adapters act on the arguments and the result of its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stack = cast(list[InputAdapter], self.acting())
+        stack = cast(list[InputAdapter], self.acting(on_input=True))
         if not stack:
             return super().forward(*args, **kwargs)
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
@@ -237,11 +242,8 @@ def sites(model: nn.Module) -> Iterator[AnySite]:
 
 def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapter) -> None:
     """Raise a TargetError where this adapter would not act at this module."""
-    if isinstance(adapter, InputAdapter) != isinstance(module, InputSite) and isinstance(module, AnySite):
-        raise TargetError(
-            f"{name or type(module).__name__} has an adapter of another kind, beside which {type(adapter).__name__} "
-            "cannot act: one changes its arguments, the other runs around it. Delete the first, or adapt other modules."
-        )
+    if adapter.replacement is not None and isinstance(module, InputSite):
+        raise TargetError(f"modules_to_save: {name} takes the virtual tokens of another adapter. Save parts of it.")
     if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
         raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
     if isinstance(adapter, InputAdapter):
@@ -264,9 +266,9 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
 
 def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":
     """Put an adapter at a module, making a site of it where it is none yet."""
-    if not isinstance(module, AnySite):
-        inputs = isinstance(adapter, InputAdapter)
-        swap_in(module, InputSite if inputs else ReadSite if is_read(module, parent) else Site)
+    mixin = InputSite if isinstance(adapter, InputAdapter) else ReadSite if is_read(module, parent) else Site
+    if not isinstance(module, mixin):
+        swap_in(module, mixin)
     assert isinstance(module, AnySite)
     if "adapters" not in module._modules:
         module.adapters = nn.ModuleDict().train(module.training)

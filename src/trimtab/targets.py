@@ -1,5 +1,6 @@
 """Which modules a config means: names, patterns, "all-linear", defaults; and what a model offers at all."""
 
+import inspect
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -63,6 +64,11 @@ def adaptable(model: nn.Module) -> dict[str, weights.Layout]:
 def is_linear(module: nn.Module) -> bool:
     others = (nn.Embedding, nn.MultiheadAttention, *weights.CONVOLUTIONS)
     return weights.layout(module) is not None and not isinstance(module, others)
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether the module's forward has an argument of that name."""
+    return argument in inspect.signature(module.forward).parameters
 
 
 def matches(pattern: str, name: str) -> bool:

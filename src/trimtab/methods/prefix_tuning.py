@@ -7,57 +7,75 @@ fewer than queries under grouped-query attention. With a projection, P = W2 tanh
 The prefix enters through the key-value cache, so positions of the real tokens begin behind it.
 """
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from .. import caches, weights
-from ..adapter import Adapter
-from ..errors import AdapterError, ConfigError, TargetError
-from ..prompts import PromptLearningConfig, VirtualTokens, cached, takes, text_config
-from ..targets import base_modules
+from ..adapter import Adapter, InputAdapter
+from ..errors import AdapterError, ConfigError
+from ..prompts import PromptLearningConfig, VirtualTokens, cached, named, setting, unnamed
+from ..targets import takes
 
 
 class Prefix(VirtualTokens):
+    where = ""  # "decoder_" before the names of a decoder's arguments
+    enters_attention = False  # whether a `PrefixAgain` is in every layer
+
     def __init__(
-        self,
-        embedding: nn.Parameter,
-        encoder: nn.Module | None,
-        *,
-        tokens: int,
-        heads: int,
-        width: int,
-        step: int,
-        decodes: bool,
+        self, embedding: nn.Parameter, encoder: nn.Module | None, sizes: tuple[int, int, int], step: int
     ) -> None:
-        """heads, width: of keys and values. step: HF PEFT's num_transformer_submodules."""
-        super().__init__(embedding, tokens, encoder)
-        self.heads, self.width, self.step = heads, width, step
-        self.where = "decoder_" if decodes else ""
+        """sizes: tokens, layers, heads of keys and values. step: HF PEFT's num_transformer_submodules."""
+        super().__init__(embedding, sizes[0], encoder)
+        self.layers, self.heads, self.step = *sizes[1:], step
+        self.checkpointed = False  # whether the last call was
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-        if site.training and any(getattr(module, "gradient_checkpointing", False) for module in site.modules()):
+        self.checkpointed = site.training and any(vars(part).get("gradient_checkpointing") for part in site.modules())
+        if self.checkpointed and not self.enters_attention:
             raise AdapterError(
-                "Prefix tuning goes through the key-value cache, which transformers drops in checkpointed layers. "
+                f"A prefix goes through the key-value cache, which {type(site).__name__} drops in checkpointed layers. "
                 "Train without gradient checkpointing, or with PromptTuningConfig."
             )
         new = self.behind(given, self.where)
         if not cached(given):
-            new["past_key_values"] = caches.filled(site, given.get("past_key_values"), self.states(site, given))
-        return new
+            names = [f"{where}{name}" for where in (self.where, "") for name in ("input_ids", "inputs_embeds")]
+            rows = next(len(given[name]) for name in (*names, "labels") if given.get(name) is not None)
+            states = [self.states(layer, rows, weights.compute_dtype(site)) for layer in range(self.layers)]
+            new["past_key_values"] = caches.filled(site, given.get("past_key_values"), states)
+        return named(site, new)
 
-    def states(self, site: nn.Module, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values (B, heads, P, width of a head) of each layer."""
-        names = [f"{where}{name}" for where in (self.where, "") for name in ("input_ids", "inputs_embeds")]
-        rows = next(len(given[name]) for name in (*names, "labels") if given.get(name) is not None)
-        pairs = self().to(weights.compute_dtype(site)).view(self.tokens, -1, 2, self.heads, self.width)
-        pairs = pairs.permute(1, 2, 3, 0, 4)  # (layers, 2, heads, P, width of a head)
-        for layer in range(len(pairs)):
-            # With a step of 2 (encoder-decoders) HF PEFT skips every other pair; so must who reads its adapters.
-            keys, values = pairs[self.step * layer % len(pairs)].unsqueeze(1).expand(-1, rows, -1, -1, -1)
-            yield keys, values
+    def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
+        if given.get("past_key_values") is None and not setting(site, given, "use_cache"):
+            # or generate would go on from a cache it did not ask for
+            result = type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
+        return unnamed(site, given, result)
+
+    def states(self, layer: int, rows: int, dtype: torch.dtype) -> caches.Pair:
+        """Keys and values in one layer, the same for each row."""
+        pairs = self().view(self.tokens, self.layers, 2, self.heads, -1)
+        # With a step of 2 (encoder-decoders) HF PEFT skips every other pair; so must who reads its adapters.
+        pair = pairs[:, self.step * layer % self.layers].permute(1, 2, 0, 3)  # (2, heads, P, width of a head)
+        keys, values = pair.to(dtype).unsqueeze(1).expand(-1, rows, -1, -1, -1)
+        return keys, values
+
+
+class PrefixAgain(InputAdapter):
+    """At attention: the prefix, in case transformers has dropped the cache, as it does in checkpointed layers."""
+
+    def __init__(self, prefix: Prefix, layer: int) -> None:
+        super().__init__()
+        self.prefix, self.layer = (prefix,), layer  # in a tuple, or its weights would be here too
+
+    def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        crosses = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
+        if not self.prefix[0].checkpointed or crosses or given.get("past_key_values") is not None:
+            return given
+        hidden = given["hidden_states"]
+        states = self.prefix[0].states(self.layer, len(hidden), hidden.dtype)
+        return {**given, "past_key_values": caches.FixedCache(states)}
 
 
 class PrefixTuningConfig(PromptLearningConfig):
@@ -76,8 +94,8 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def resolved(self, model: nn.Module) -> Self:
         config = super().resolved(model)
-        _reader(model)
-        layers, heads, width = _sizes(model)
+        caches.holder(model)
+        layers, heads, width = caches.sizes(model)
         for name, found in {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width}.items():
             if getattr(self, name) not in (None, found):
                 raise ConfigError(f"{name}={getattr(self, name)}, but in {type(model).__name__} it is {found}.")
@@ -87,8 +105,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         assert self.num_virtual_tokens is not None
         assert self.num_transformer_submodules is not None
-        path, module = _reader(model)
-        layers, heads, width = _sizes(model)
+        path, module = caches.holder(model)
+        layers, heads, width = caches.sizes(model)
         out, encoder = layers * 2 * heads * width, None
         columns = heads * width if self.prefix_projection else out
         values = weights.new_parameter(module, self.num_virtual_tokens, columns)
@@ -100,36 +118,10 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.init_weights == "zero":
             for parameter in (values,) if encoder is None else last.parameters():
                 nn.init.zeros_(parameter)
-        prefix = Prefix(
-            values,
-            encoder,
-            tokens=self.num_virtual_tokens,
-            heads=heads,
-            width=width,
-            step=self.num_transformer_submodules,
-            decodes=takes(module, "decoder_input_ids"),
-        )
-        return {path: prefix, **self.trained_copies(model)}
-
-
-def _reader(model: nn.Module) -> tuple[str, nn.Module]:
-    """The module that takes a cache of keys and values: the root, or the base model below a head."""
-    base = getattr(model, "base_model", model)
-    for module in (model, base):
-        if takes(module, "past_key_values"):
-            return next(((name, found) for name, found in base_modules(model) if found is module), ("", model))
-    raise TargetError(
-        f"{type(model).__name__} takes no past_key_values, through which a prefix enters attention. Use a method at "
-        "layers, such as LoraConfig."
-    )
-
-
-def _sizes(model: nn.Module) -> tuple[int, int, int]:
-    """Numbers of layers and of heads of keys and values in them, and the width of a head."""
-    config = text_config(model, decoder=True)
-    if getattr(config, "is_heterogeneous", False) or getattr(config, "global_head_dim", None):
-        raise TargetError(f"{type(model).__name__} has layers with heads of different sizes, which no one prefix fits.")
-    layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
-    return layers, getattr(config, "num_key_value_heads", None) or heads, width
+        sizes = self.num_virtual_tokens, layers, heads
+        prefix = Prefix(values, encoder, sizes, self.num_transformer_submodules)
+        prefix.where = "decoder_" if takes(module, "decoder_input_ids") else ""
+        readers = caches.readers(model)
+        prefix.enters_attention = set(readers.values()) == set(range(layers))
+        again = {name: PrefixAgain(prefix, layer) for name, layer in readers.items()}
+        return {path: prefix, **(again if prefix.enters_attention else {}), **self.trained_copies(model)}
