@@ -103,6 +103,7 @@ ALL_SMALL_CONFIGS = [
     lora("lora-patterns", models.llama, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3},
          alpha_pattern={"layers.0.self_attn.q_proj": 1},
          skips={"finite_differences": "Llama's norm computes in float32, whatever its input: too coarse"}),
+    lora("lora-shared", models.bert, target_modules=["query", "dense"], share_across_layers=True),
     lora("lora-gpt2", models.gpt2, target_modules=["c_attn", "c_proj", "c_fc"], bias="all"),
     lora("lora-bert", models.bert, target_modules="all-linear", task_type="SEQ_CLS",
          skips={"nest": "two trained copies of one head cannot act together; they are refused"}),
@@ -127,6 +128,8 @@ ALL_SMALL_CONFIGS = [
                                                 layer_norm="before", drop_first=1, dropout=0.3), models.opt, BENT),
     Case("bottleneck-pfeiffer", BottleneckConfig(reduction_factor=2, non_linearity="gelu", layer_norm="after"),
          models.gpt2, BENT),
+    Case("bottleneck-shared", BottleneckConfig(variant="houlsby", reduction_factor=4, non_linearity="tanh",
+                                               share_across_layers=True), models.vit, BENT),
     Case("bottleneck-parallel", BottleneckConfig(variant="parallel", reduction_factor=8, non_linearity="tanh"),
          models.bert, BENT | {"nest": "the adapter at the part's end takes the input that the one at its start keeps"}),
     Case("bottleneck-modules", BottleneckConfig(target_modules=["self_attn", "mlp"], non_linearity="tanh"),
@@ -201,7 +204,8 @@ ALL_SMALL_CONFIGS = [
          trainable_token_indices=TOKENS),
     lora("lora-pissa", init_lora_weights="pissa", lora_dropout=0.1, skips={"identity": "dropout hides parts of W"}),
     lora("lora-olora-dora", init_lora_weights="olora", use_dora=True, skips=DETACHED | {
-        "identity": "the rows' length is that of W - B0 A0 + B A, W's up to rounding", "switch": "W's up to rounding, as said",
+        "identity": "the rows' length is that of W - B0 A0 + B A, W's up to rounding",
+        "switch": "W's up to rounding, as said",
         "trains_in_float32": "W's up to rounding, as said"}),
     lora("lora-orthogonal", init_lora_weights="orthogonal", skips={
         "identity": "B A is zero up to rounding", "switch": "zero up to rounding, as said", "trains_in_float32": "zero up to rounding, as said"}),

@@ -177,6 +177,8 @@ class PeftConfig(BaseModel, ABC):
     hf_root: ClassVar[str] = "base_model.model."  # what HF PEFT puts before a module's name
     hf_prefix: ClassVar[str] = ""  # with which HF PEFT's names of this method's weights begin
     hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's keywords not offered here -> the value that switches them off
+    example: ClassVar[dict[str, Any]] = {}  # settings without which the method's example would not run
+    about: ClassVar[str] = ""  # when to use it, its strengths and weaknesses, for the table of methods
     found_in_training: ClassVar[frozenset[str]] = frozenset()  # settings that training writes, loaded with the weights
     not_in_hf: ClassVar[frozenset[str]] = frozenset()  # keywords HF PEFT lacks: left out of the file while None
 

@@ -19,8 +19,10 @@ from .errors import CheckpointError
 def keys(adapters: Mapping[str, Adapter], root: str) -> dict[tuple[str, str], str]:
     """(module name, entry of its adapter) -> HF PEFT's key. What adapters share has one key, so it is saved once."""
     found: dict[tuple[str, str], str] = {}
+    owner: dict[int, str] = {}  # of an adapter that several sites share, the first
     for path, adapter in adapters.items():
-        before = "" if isinstance(adapter, InputAdapter) else f"{root}{_path(path, adapters)}."
+        at = owner.setdefault(id(adapter), path)
+        before = "" if isinstance(adapter, InputAdapter) else f"{root}{_path(at, adapters)}."
         for name in adapter.state_dict():
             found[path, name] = adapter.hf_shared.get(name) or before + adapter.hf_key(name)
     return found

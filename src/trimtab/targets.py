@@ -231,6 +231,17 @@ class TargetConfig(SavedModulesConfig):
         return [name for name in found if number.get(name) in wanted]
 
 
+def shared(made: dict[str, Adapter]) -> dict[str, Adapter]:
+    """One adapter, the first, for all sites whose names differ in numbers only and whose adapters have its shapes."""
+    first: dict[Any, Adapter] = {}
+    found = {}
+    for path, adapter in made.items():
+        shapes = tuple((name, value.shape) for name, value in adapter.named_parameters())
+        kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)  # whole parts of the name
+        found[path] = adapter if adapter.replacement is not None else first.setdefault((kind, shapes), adapter)
+    return found
+
+
 def check_patterns(setting: str, keys: Iterable[str], names: Iterable[str]) -> None:
     """Raise a ConfigError if a key of rank_pattern or the like means none of these modules."""
     names = list(names)

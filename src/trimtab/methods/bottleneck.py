@@ -1,6 +1,6 @@
-"""Bottleneck adapters: y' = y + s U act(D y), with D (r, n) and U (n, r), both with a bias, r = n / reduction_factor.
+"""Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751): y' = y + s U act(D y).
 
-Four papers differ in where they put it:
+D (r, n) and U (n, r) have a bias each, and r = n / reduction_factor. Papers differ in where they put it:
 
     houlsby   after attention and after the feed-forward part         Houlsby et al. 2019, arXiv 1902.00751
     pfeiffer  after the feed-forward part only                        Pfeiffer et al. 2020, arXiv 2005.00247
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .. import weights
 from ..adapter import Adapter
 from ..errors import ConfigError, TargetError
-from ..targets import TargetConfig, adaptable, base_modules, compact, is_linear
+from ..targets import TargetConfig, adaptable, base_modules, compact, is_linear, shared
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "leaky_relu": F.leaky_relu
@@ -109,12 +109,18 @@ class BottleneckConfig(TargetConfig):
     scaling: s; None means 1, and 4 for parallel. dropout: probability, on the adapter's input. layer_norm: a norm of
     the adapter's own, "before" D or "after" U. residual: y' = y + ...; False gives the bottleneck's result alone.
     near_identity: U starts small as D does, not at zero. drop_first: the first n layers (of each stack) go without.
+    share_across_layers: one adapter for all layers, saved once.
     target_modules: modules to put an adapter after (or beside) instead of where the variant does, of any class whose
     output has one width, tuples included.
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
     hf_prefix: ClassVar[str] = "bottleneck_"
+    about: ClassVar[str] = (
+        "The oldest and most modular of these methods: Houlsby's paper comes within 0.4% of full fine-tuning on GLUE "
+        "with 3.6% of the parameters per task. It cannot be merged, so its layers stay in the way at inference; "
+        "drop_first takes some of that back."
+    )
 
     variant: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     reduction_factor: float = Field(16, ge=1)
@@ -125,6 +131,7 @@ class BottleneckConfig(TargetConfig):
     residual: bool = True
     near_identity: bool = False
     drop_first: int = Field(0, ge=0)
+    share_across_layers: bool = False
 
     @model_validator(mode="after")
     def _parallel_adds(self) -> Self:
@@ -174,7 +181,7 @@ class BottleneckConfig(TargetConfig):
                 beside = self._sized(last, modules[last], shape.into, len(adapter.up))
                 made[first] = beside.part = PartInput()
                 made[last] = beside
-        return made
+        return shared(made) if self.share_across_layers else made
 
     def _sized(self, name: str, site: nn.Module, into: int, out: int) -> BottleneckAdapter:
         if self.reduction_factor > into:

@@ -8,7 +8,7 @@ feed-forward part, or with plus_plus (Compacter++) after the latter only. t of U
 changes at first.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -75,6 +75,11 @@ class CompacterConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "COMPACTER"
     hf_prefix: ClassVar[str] = "compacter_"
+    example: ClassVar[dict[str, Any]] = {"reduction_factor": 16}
+    about: ClassVar[str] = (
+        "Bottleneck adapters for very small files: the paper is on par with full fine-tuning of T5 on GLUE with 0.047% "
+        "of its parameters. Widths must be multiples of phm_dim, and it cannot be merged."
+    )
 
     phm_dim: int = Field(4, ge=1)
     phm_rank: int = Field(1, ge=1)

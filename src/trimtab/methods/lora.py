@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .. import weights
 from ..adapter import Adapter
 from ..errors import ConfigError, MergeError, TargetError, did_you_mean
-from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value
+from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value, shared
 from .bitfit import TrainedBias, add_biases, has_bias
 from .dora import Magnitude
 from .lora_init import KINDS, Start, orthogonal_
@@ -122,11 +122,14 @@ class LoraConfig(TargetConfig):
     rank_pattern, alpha_pattern: other values for the modules a key (a regular expression for the end of the name)
     means. init_lora_weights: True (A as nn.Linear's default, B zero), "gaussian" (A normal with deviation 1 / r),
     False (both random), or a start of methods/lora_init.py: "orthogonal", "pissa", "pissa_niter_K" (K rounds of a
-    randomised SVD), "olora". fan_in_fan_out is set by itself: the layer tells how it stores its weight.
+    randomised SVD), "olora".
+    share_across_layers: one A and B for all layers, saved once (HF PEFT cannot read that). fan_in_fan_out is set by
+    itself: the layer tells how it stores its weight.
     """
 
     peft_type: ClassVar[str] = "LORA"
     hf_prefix: ClassVar[str] = "lora_"
+    not_in_hf: ClassVar[frozenset[str]] = frozenset({"share_across_layers"})
     hf_only: ClassVar[dict[str, Any]] = {
         "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
         "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_bias": False,
@@ -145,6 +148,7 @@ class LoraConfig(TargetConfig):
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
+    share_across_layers: bool | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     @field_validator("init_lora_weights")
@@ -169,6 +173,9 @@ class LoraConfig(TargetConfig):
                 adapter.scale *= 2
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
+        if self.share_across_layers:
+            self._check_sharing()
+            made = shared(made)
         if self.trainable_token_indices:
             tokens = token_adapters(model, self.trainable_token_indices)
             if both := sorted(tokens.keys() & made.keys()):
@@ -176,6 +183,15 @@ class LoraConfig(TargetConfig):
                                   "leave it out of one of them.")  # fmt: skip
             made |= tokens
         return add_biases(made, model) if self.bias == "all" else made
+
+    def _check_sharing(self) -> None:
+        own = {"bias": "none", "use_dora": False, "alpha_pattern": {}}
+        differ = [setting for setting, value in own.items() if getattr(self, setting) != value]
+        if str(self.init_lora_weights).startswith(("pissa", "olora")):
+            differ.append("init_lora_weights")
+        if differ:
+            raise ConfigError(f"{differ[0]}={getattr(self, differ[0])!r} makes the adapter of each layer its own: it "
+                              "cannot go with share_across_layers=True.")  # fmt: skip
 
     def build(self, name: str, site: nn.Module) -> LoraAdapter:
         r = pattern_value(self.rank_pattern, name, self.r)

@@ -106,6 +106,10 @@ class LoReftConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "LOREFT"
     hf_prefix: ClassVar[str] = "reft_"
+    about: ClassVar[str] = (
+        "Very few parameters: the paper uses 15 to 65 times fewer than LoRA. It acts on the prompt only, so it costs "
+        "nothing for each generated token, but it cannot be merged and needs the KV cache in generation."
+    )
 
     r: int = Field(4, ge=1)
     first: int = Field(4, ge=0)

@@ -6,7 +6,7 @@ On an output head the same rows give the logits of the chosen tokens: y_t = w_t 
 (or a second table) to the table, both use the same trained rows.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -86,6 +86,7 @@ class TrainableTokensConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    example: ClassVar[dict[str, Any]] = {"token_indices": [5, 6]}
     hf_prefix: ClassVar[str] = "trainable_tokens_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset(
         {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
