@@ -208,7 +208,8 @@ ALL_SMALL_CONFIGS = [
         "switch": "W's up to rounding, as said",
         "trains_in_float32": "W's up to rounding, as said"}),
     lora("lora-orthogonal", init_lora_weights="orthogonal", skips={
-        "identity": "B A is zero up to rounding", "switch": "zero up to rounding, as said", "trains_in_float32": "zero up to rounding, as said"}),
+        "identity": "B A is zero up to rounding", "switch": "zero up to rounding, as said",
+        "trains_in_float32": "zero up to rounding, as said"}),
     Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
     virtual("prompt_tuning", PromptTuningConfig),
     virtual("prompt_tuning-sampled", PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"),

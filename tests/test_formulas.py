@@ -162,7 +162,7 @@ def test_dora_starts_at_the_weights_own_lengths() -> None:
     torch.testing.assert_close(model.first.adapters["default"].magnitude.value.detach(), lengths)
 
 
-@pytest.mark.parametrize("build", models.QUANTIZED.values(), ids=str)
+@pytest.mark.parametrize("build", models.QUANTIZED.values(), ids=models.QUANTIZED)
 def test_dora_on_a_quantized_layer_measures_the_dequantized_weight(build: Any) -> None:
     pytest.importorskip("bitsandbytes")
     tiny = build()
