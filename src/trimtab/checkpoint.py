@@ -35,8 +35,6 @@ def save(
     tensors = hf_format.state(config, own.adapters(name), values, name)
     if not write:
         return
-    config = own.configs[name].model_copy(update={"inference_mode": True})
-    tensors = hf_format.state(config, own.adapters(name), values, name)
     metadata = {"format": "pt", "base_model_class": type(model).__name__, "base_model_type": _model_type(model)}
     files.commit(
         Path(folder),
