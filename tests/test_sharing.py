@@ -8,6 +8,7 @@ import pytest
 from battery import close, run, same_bits
 from models import randomise
 from safetensors.torch import load_file
+from torch import nn
 
 from trimtab import BottleneckConfig, ConfigError, LoraConfig, PeftModel, get_peft_model
 
@@ -43,9 +44,10 @@ def test_it_is_saved_once_and_shared_when_loaded(tmp_path: Path) -> None:
 
 
 def test_other_shapes_are_not_shared() -> None:
-    model, _ = models.mlp()
-    get_peft_model(model, LoraConfig(r=2, target_modules=["first", "second"], share_across_layers=True))
-    assert model.get_nb_trainable_parameters()[0] == 2 * (5 + 7) + 2 * (7 + 6)
+    """Three layers of one name but for its number: 5 -> 7, and twice 7 -> 7."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 7))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1", "2"], share_across_layers=True))
+    assert model.get_nb_trainable_parameters()[0] == 2 * (5 + 7) + 2 * (7 + 7)
 
 
 def test_parallel_bottlenecks_share_too() -> None:
