@@ -11,6 +11,9 @@ import yaml
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the film meal room was is very not good bad dull fine".split()
 
 
+torch.set_num_threads(1)  # on models this small threads only wait for each other, minutes long on a busy machine
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     from trimtab.cli.quiet import quiet

@@ -104,7 +104,8 @@ def vit(**settings: Any) -> Tiny:
     torch.manual_seed(0)
     config = ViTConfig(
         **{
-            "image_size": 8, "patch_size": 4, "num_channels": 3, "initializer_range": 0.2, "hidden_size": 16, "intermediate_size": 24,
+            "image_size": 8, "patch_size": 4, "num_channels": 3, "initializer_range": 0.2,
+            "hidden_size": 16, "intermediate_size": 24,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3, "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0, **settings,
         }
@@ -121,7 +122,8 @@ def gpt2(**settings: Any) -> Tiny:
     torch.manual_seed(0)
     config = GPT2Config(
         **{
-            "vocab_size": VOCABULARY, "n_positions": 64, "initializer_range": 0.2, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24,
+            "vocab_size": VOCABULARY, "n_positions": 64, "initializer_range": 0.2,
+            "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24,
             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2, **settings,
         }
     )  # fmt: skip

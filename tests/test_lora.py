@@ -75,7 +75,7 @@ def test_embedding() -> None:
 
 def test_padding_is_not_trained() -> None:
     """An embedding's padding row gets no gradient, and so does the adapter's part of it."""
-    model, A, _ = adapted(nn.Embedding(11, 6, padding_idx=2))
+    model, _, _ = adapted(nn.Embedding(11, 6, padding_idx=2))
     model(torch.tensor([[2, 3]])).sum().backward()
     moved = model.layer.adapters["default"].A.grad.any(0)
     assert moved.nonzero().flatten().tolist() == [3]
@@ -456,7 +456,8 @@ def test_merging_requantizes_and_warns_and_unmerging_restores_the_bytes(build: A
     """Called or not before: bitsandbytes moves scales and packs weights anew at the first call."""
     pytest.importorskip("bitsandbytes")
     tiny = build()
-    W = dense(tiny.model.first)
+    W, state = dense(tiny.model.first), getattr(tiny.model.first.weight, "quant_state", None)
+    precision = state.dtype if state else None
     model, inputs = quantized_lora(tiny)
     active = run(copy.deepcopy(model), inputs)
     if called:
@@ -472,6 +473,8 @@ def test_merging_requantizes_and_warns_and_unmerging_restores_the_bytes(build: A
     else:
         assert same_bits(dense(model.first), requantized(model.first, folded))
     assert type(model.first.weight).__name__ in ("Params4bit", "Int8Params")
+    if precision:
+        assert model.first.weight.quant_state.dtype == precision
     assert not model.first.weight.requires_grad
     merged = run(model, inputs)
     assert (merged - active).norm() < 0.3 * active.norm()  # 4 bits are coarse
@@ -523,8 +526,9 @@ def test_merge_and_unload_of_a_quantized_model(build: Any) -> None:
     with pytest.warns(QuantizedMergeWarning):
         model.merge_adapter()
     merged = run(model, inputs)
-    with pytest.warns(QuantizedMergeWarning):
+    with pytest.warns(QuantizedMergeWarning) as seen:
         plain = model.merge_and_unload()
+    assert [warning.filename for warning in seen] == [__file__]
     assert type(plain.first) is kind
     assert set(plain.state_dict()) == keys
     close(run(plain, inputs), merged)

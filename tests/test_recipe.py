@@ -66,7 +66,7 @@ def test_a_recipe_means_what_it_says(good: Path) -> None:
             "recipe.yaml:8: training has no key 'learning_rat'. Did you mean 'learning_rate'?",
         ),
         ("name: lora", "name: loar", "recipe.yaml:6: method.name: there is no 'loar'. Did you mean 'lora'?"),
-        ("name: lora, ", "", "recipe.yaml:6: method has no key 'name'. There is: lora."),
+        ("name: lora, ", "", "recipe.yaml:6: method has no key 'name', which is one of: lora"),
         ("{name: lora, r: 4}", "[lora, lora]", "recipe.yaml:6: method: several methods at once (a list) are not"),
         ("text-class", "txt-class", "recipe.yaml:1: task: there is no 'txt-classification'. Did you mean 'text-cl"),
         ("r: 4", "r: four", "recipe.yaml:6: LoraConfig: r='four': Input should be a valid integer"),
@@ -76,7 +76,7 @@ def test_a_recipe_means_what_it_says(good: Path) -> None:
         ("epochs: 3", "epochs: 0", "recipe.yaml:9: training.epochs: Input should be greater than 0."),
         ("epochs: 3", "warmup_ratio: 30", "recipe.yaml:9: training.warmup_ratio=30 is no share of the steps."),
         ("epochs: 3", "bf16: 1", "recipe.yaml:9: training.bf16: Input should be a valid boolean."),
-        ("epochs: 3", "lr_scheduler_type: cosin", "recipe.yaml:9: training.lr_scheduler_type: Input should be 'linear',"),
+        ("epochs: 3", "lr_scheduler_type: cosin", "recipe.yaml:9: training.lr_scheduler_type: Input should be 'lin"),
         ("epochs: 3", "push_to_hub: true", "recipe.yaml:9: training.push_to_hub cannot be set in a recipe"),
         ("epochs: 3", "learning_rate: 1", "recipe.yaml:9: 'learning_rate' is there twice, first in line 8."),
         ("  train: train.csv\n", "", "recipe.yaml:3: data has no key 'train', which must be there."),
@@ -84,9 +84,9 @@ def test_a_recipe_means_what_it_says(good: Path) -> None:
         ("model: some/model", "model: ./nowhere", "recipe.yaml:2: there is no model folder ./nowhere."),
         ("model: some/model", "model: 3", "recipe.yaml:2: model: Input should be a valid string."),
         ("output: runs/x", "output: 3", "recipe.yaml:10: output: Input should be a path."),
-        ("train: train.csv", "train: train.csv\n  validation: 1.5", "recipe.yaml:5: data.validation: Input should be less"),
-        ("train: train.csv", "train: train.csv\n  max_length: 0", "recipe.yaml:5: data.max_length: Input should be gre"),
-        ("output: runs/x", "output: x\nquantization: nf5", "recipe.yaml:11: quantization: Input should be 'none', 'int8'"),
+        ("train: train.csv", "train: train.csv\n  validation: 1.5", "recipe.yaml:5: data.validation: Input should be "),
+        ("train: train.csv", "train: train.csv\n  max_length: 0", "recipe.yaml:5: data.max_length: Input should be "),
+        ("output: runs/x", "output: x\nquantization: nf5", "recipe.yaml:11: quantization: Input should be 'none'"),
         ("data:\n", "data: 3\nmore:\n", "recipe.yaml:4: the recipe has no key 'more'."),
         ("{text: review}", "text", "recipe.yaml:5: data.columns should be a mapping"),
         ("{text: review}", "{text: [review}", "recipe.yaml:5: this is no YAML: "),
@@ -134,7 +134,13 @@ def test_a_key_without_a_value_means_its_default(good: Path) -> None:
 
 
 def test_set_puts_values_in_place(good: Path) -> None:
-    overrides = ["training.epochs=1", "training.seed=7", "method.r=2", "data.validation=dev.csv", "data.columns.label=y"]
+    overrides = [
+        "training.epochs=1",
+        "training.seed=7",
+        "method.r=2",
+        "data.validation=dev.csv",
+        "data.columns.label=y",
+    ]
     recipe = recipes.read(good, overrides)
     assert recipe.training == {"learning_rate": 0.0005, "num_train_epochs": 1, "seed": 7}
     assert recipe.seed == 7
@@ -186,6 +192,7 @@ def test_training_offers_what_trainingarguments_has() -> None:
     assert set(defaults) - recipes.NOT_OFFERED == set(offered.model_fields)
     assert set(recipes.SHORT.values()) <= set(offered.model_fields)
     assert not set(recipes.SHORT) & set(defaults)
-    plain = {name: defaults[name] for name in offered.model_fields if isinstance(defaults[name], bool | int | float | str)}
-    positive = {name: value for name, value in plain.items() if name not in recipes.POSITIVE or value > 0}
-    offered.model_validate({name: getattr(value, "value", value) for name, value in positive.items()})
+    for name in offered.model_fields:
+        value = getattr(defaults[name], "value", defaults[name])
+        if isinstance(value, bool | int | float | str) and not (name in recipes.POSITIVE and value <= 0):
+            offered.model_validate({name: value})

@@ -74,7 +74,7 @@ def test_columns_are_guessed_and_told(tmp_path: Path, bert: Path) -> None:
     path = write_csv(tmp_path / "a.csv", ROWS, ("Review", "Sentiment"))
     task, _, said = prepare(bert, train=path)
     assert task.names == {"text": "Review", "label": "Sentiment"}
-    assert said[0].startswith("Columns: text=Review, label=Sentiment (guessed")
+    assert said[0] == "Columns guessed: Review is the text, Sentiment is the label (data.columns changes this)"
 
 
 def test_given_columns_are_taken_and_not_told(tmp_path: Path, bert: Path) -> None:
@@ -87,7 +87,9 @@ def test_given_columns_are_taken_and_not_told(tmp_path: Path, bert: Path) -> Non
 
 
 def test_pairs_become_one_sequence(tmp_path: Path, bert: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", [("the film", "the meal", i % 2) for i in range(8)], ("premise", "hypothesis", "label"))
+    path = write_csv(
+        tmp_path / "a.csv", [("the film", "the meal", i % 2) for i in range(8)], ("premise", "hypothesis", "label")
+    )
     task, rows, _ = prepare(bert, train=path)
     assert task.names == {"text": "premise", "text_pair": "hypothesis", "label": "label"}
     assert task.tokenizer.decode(rows["train"][0]["input_ids"]) == "[CLS] the film [SEP] the meal [SEP]"
@@ -133,7 +135,7 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path, bert: Path) -> None:
 
 
 def test_more_tokens_than_the_model_can_read_are_refused(tmp_path: Path, bert: Path) -> None:
-    with pytest.raises(ConfigError, match="data.max_length=33 is more than the 32 tokens"):
+    with pytest.raises(ConfigError, match=r"data\.max_length=33 is more than the 32 tokens"):
         prepare(bert, train=write_csv(tmp_path / "a.csv", ROWS), max_length=33)
 
 
@@ -197,7 +199,9 @@ def test_new_modules_are_found(tmp_path: Path, bert: Path) -> None:
 def test_a_new_head_of_several_layers_is_one_module(tmp_path: Path, bert: Path) -> None:
     from transformers import RobertaConfig, RobertaModel
 
-    config = RobertaConfig(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = RobertaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "roberta")
     task, _, _ = prepare(bert, train=write_csv(tmp_path / "a.csv", ROWS))
     assert task.load_model(str(tmp_path / "roberta"), "none")[1] == ["classifier"]
@@ -206,7 +210,9 @@ def test_a_new_head_of_several_layers_is_one_module(tmp_path: Path, bert: Path) 
 def test_a_decoder_gets_a_padding_token(tmp_path: Path, bert: Path) -> None:
     from transformers import GPT2Config, GPT2Model
 
-    GPT2Model(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path / "gpt2")
+    GPT2Model(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(
+        tmp_path / "gpt2"
+    )
     task, _, _ = prepare(bert, train=write_csv(tmp_path / "a.csv", ROWS))
     model, fresh = task.load_model(str(tmp_path / "gpt2"), "none")
     assert fresh == ["score"]

@@ -55,6 +55,7 @@ class Adapter(nn.Module):
     dropout: float = 0.0  # probability; 0 where the method has none
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_computed: ClassVar[tuple[str, ...]] = ()  # the keys of `computed`
+    hf_wraps: ClassVar[bool] = True  # HF PEFT puts the site of such an adapter into a `base_layer`
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,6 +85,10 @@ class Adapter(nn.Module):
         """The end of the key under which HF PEFT saves the parameter `name` of this adapter."""
         return self.hf_names.get(name, name)
 
+    def hf_shape(self, name: str, value: Tensor) -> tuple[int, ...]:
+        """The shape in which HF PEFT saves it: that of ours, or one that is read in the same order."""
+        return tuple(value.shape)
+
     def computed(self) -> dict[str, Tensor]:
         """What HF PEFT's file holds that is no parameter here but follows from them; not read back."""
         return {}
@@ -102,6 +107,8 @@ class InputAdapter(Adapter):
 
     Its keys in HF PEFT's files are whole keys, without a module's name.
     """
+
+    hf_wraps: ClassVar[bool] = False
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments in place of `given`. Must return new ones, never change `given` in place."""
@@ -214,25 +221,30 @@ class PeftConfig(BaseModel, ABC):
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, revision: str | None = None) -> Self:
+    def from_pretrained(cls, folder: str | Path, revision: str | None = None, subfolder: str = "") -> Self:
         """The config saved in `folder` (or in that repository of the hub), as the class its peft_type names.
 
         Raises:
-            CheckpointError: no adapter there, or one of a method that trimtab does not have.
+            CheckpointError: no adapter there, or one of a method or with a setting that trimtab does not have.
         """
-        path = files.current(files.locate(folder, revision), files.CONFIG)
+        path = files.current(files.locate(folder, revision, subfolder), files.CONFIG)
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no adapter: there is no {files.CONFIG} in it.")
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-            peft_type = settings.pop("peft_type")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not an adapter's configuration: {error!r}.") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged or no JSON file: {error}.") from None
+        peft_type = settings.pop("peft_type", None) if isinstance(settings, dict) else None
+        if not isinstance(peft_type, str):
+            raise CheckpointError(f"{path} is not an adapter's configuration: it names no peft_type.")
         settings.pop("peft_version", None)
         methods = {config.peft_type: config for config in _concrete(cls)}
         if peft_type not in methods:
-            raise CheckpointError(f"{path} is of the method {peft_type!r}.{did_you_mean(str(peft_type), methods)}")
-        return methods[peft_type](**settings)
+            raise CheckpointError(f"{path} is of the method {peft_type!r}.{did_you_mean(peft_type, methods)}")
+        try:
+            return methods[peft_type](**settings)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
 
 
 def _concrete(config: type[PeftConfigT]) -> list[type[PeftConfigT]]:

@@ -22,6 +22,7 @@ class Trunk:
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     sites: dict[str, AnySite] = field(default_factory=dict)  # by module name
     trainable: set[str] = field(default_factory=set)  # base parameters that were trainable before
+    resting: tuple[str, ...] = ()  # what acted before `disable_adapters`
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapters of one name, by module name."""
@@ -52,10 +53,12 @@ def plan(model: nn.Module, config: PeftConfig, name: str) -> Plan:
     """Build an adapter for this model and check that it would act. Changes nothing.
 
     Raises:
-        AdapterError: the name cannot be used, or is used already.
+        AdapterError: the name cannot be used, or is used already; merged weights, which are not the base's own.
         ConfigError, TargetError: the config means nothing in this model.
     """
     check_name(model, name)
+    if "_trunk" in vars(model):
+        _check_unmerged(trunk(model))
     config = config.resolved(model)
     adapters = config.adapters(model)
     modules = dict(model.named_modules())
@@ -70,6 +73,11 @@ def check_name(model: nn.Module, name: str) -> None:
         raise AdapterError(f"There is an adapter {name!r} already. Delete it first, or choose another name.")
     if not name or "." in name or "/" in name or hasattr(nn.ModuleDict(), name):
         raise AdapterError(f"{name!r} cannot be an adapter's name: it names a folder and a module, so no '.' or '/'.")
+
+
+def _check_unmerged(own: Trunk) -> None:
+    if own.active.merged:
+        raise AdapterError(f"{list(own.active.merged)} are merged into the weights; call unmerge_adapter() first.")
 
 
 def install(model: nn.Module, made: Plan) -> None:
@@ -98,8 +106,8 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
     for name in names:
         if name not in own.configs:
             raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
-    if own.active.merged and set(names) != set(own.active.names):
-        raise AdapterError(f"{list(own.active.merged)} are merged into the weights; call unmerge_adapter() first.")
+    if set(names) != set(own.active.names):
+        _check_unmerged(own)
     replaced: dict[str, str] = {}
     for name in names:
         for path, adapter in own.adapters(name).items():
@@ -135,7 +143,7 @@ def delete(model: nn.Module, name: str) -> None:
     if name not in own.configs:
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if name in own.active.merged:
-        raise AdapterError(f"{name!r} is merged into the weights; call unmerge_adapter() first.")
+        _check_unmerged(own)
     for path in own.adapters(name):
         sites.remove(own.sites[path], name)
         if "adapters" not in own.sites[path]._modules:
@@ -167,5 +175,3 @@ def counts(model: nn.Module) -> tuple[int, int]:
 def _size(parameter: Tensor) -> int:
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
-
-

@@ -22,6 +22,7 @@ class AutoPeftModel:
         adapter_name: str = "default",
         is_trainable: bool = False,
         revision: str | None = None,
+        subfolder: str = "",
         **base_settings: Any,
     ) -> PeftModel:
         """The base model with the adapter acting on it.
@@ -29,15 +30,21 @@ class AutoPeftModel:
         Args:
             base_settings: go to the base model's own `from_pretrained` (dtype, device_map, num_labels, ...).
         Raises:
-            CheckpointError: no adapter there, one that names no base model, or one that does not fit its base.
+            CheckpointError: no adapter there, one that names no base model or one that cannot be loaded, or one that
+                does not fit its base.
         """
-        folder = files.locate(pretrained_model_name_or_path, revision)
+        folder = files.locate(pretrained_model_name_or_path, revision, subfolder)
         config = PeftConfig.from_pretrained(folder)
         if not config.base_model_name_or_path:
             raise CheckpointError(f"{folder} does not name its base model. Load that, then PeftModel.from_pretrained.")
         if config.revision:
             base_settings = {"revision": config.revision, **base_settings}
-        base = cls._base_class(config, folder).from_pretrained(config.base_model_name_or_path, **base_settings)
+        kind = cls._base_class(config, folder)
+        try:
+            base = kind.from_pretrained(config.base_model_name_or_path, **base_settings)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"The base model of {folder} cannot be loaded: {reason}") from error
         _fit_vocabulary(base, folder)
         return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable)
 
@@ -57,7 +64,13 @@ class AutoPeftModel:
         # Importing what a downloaded file names would run any code, so only this library counts.
         if library.split(".")[0] != "transformers":
             raise CheckpointError(f"{folder} asks for {library}.{name}. Load it, then PeftModel.from_pretrained.")
-        return getattr(importlib.import_module(library), name)
+        try:
+            found = getattr(importlib.import_module(library), name, None)
+        except ImportError:
+            found = None
+        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+            raise CheckpointError(f"{folder} asks for {library}.{name}, which this version of transformers lacks.")
+        return found
 
 
 def _fit_vocabulary(base: Any, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import attach, files, hf_format, weights
@@ -17,11 +17,14 @@ from .errors import AdapterError, CheckpointError, ConfigError, TargetError, did
 from .targets import PartialTargetWarning
 
 
-def save(model: nn.Module, folder: str | Path, name: str, values: Mapping[str, Tensor] | None = None) -> None:
+def save(
+    model: nn.Module, folder: str | Path, name: str, values: Mapping[str, Tensor] | None = None, write: bool = True
+) -> None:
     """Write one adapter to `folder`. A crash leaves what was there before, or the new adapter, never a mixture.
 
     Args:
         values: the model's state dict, where the parameters themselves are sharded or stale.
+        write: False on all processes but one. They only help to gather what is sharded.
     """
     own = trunk(model)
     if name not in own.configs:
@@ -30,6 +33,8 @@ def save(model: nn.Module, folder: str | Path, name: str, values: Mapping[str, T
         raise CheckpointError(f"{folder} is a file; an adapter is saved to a folder.")
     config = own.configs[name]
     tensors = hf_format.state(own.adapters(name), values, name, config.hf_root)
+    if not write:
+        return
     config = config.model_copy(update={"inference_mode": True})
     metadata = {"format": "pt", "base_model_class": type(model).__name__, "base_model_type": _model_type(model)}
     files.commit(
@@ -49,14 +54,15 @@ def load(model: nn.Module, folder: str | Path, name: str, config: PeftConfig | N
     if config is None:
         config = PeftConfig.from_pretrained(folder)
     where = _weights(folder)
-    _check_architecture(model, where, folder)
+    tensors = _read(where, model)
+    config = _with_embeddings(config, tensors, model)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", PartialTargetWarning)  # a saved list may serve several architectures
             made = attach.plan(model, config, name)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"The adapter in {folder} does not fit {type(model).__name__}: {error}") from None
-    fill(model, made.adapters, where, config.hf_root)
+    _fill(model, made.adapters, tensors, where, config.hf_root)
     attach.install(model, made)
 
 
@@ -69,25 +75,38 @@ def load_weights(model: nn.Module, folder: str | Path, name: str) -> None:
     own = trunk(model)
     if name not in own.configs:
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
-    fill(model, own.adapters(name), _weights(folder), own.configs[name].hf_root)
+    where = _weights(folder)
+    _fill(model, own.adapters(name), _read(where, model), where, own.configs[name].hf_root)
 
 
-def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path, root: str) -> None:
-    """Read the file into the adapters, after checking that its keys and shapes are exactly theirs."""
+def _read(where: Path, model: nn.Module) -> dict[str, Tensor]:
+    """All that is in the file, if it is of this model's architecture."""
     try:
-        tensors = load_file(where)
+        with safe_open(where, "pt") as opened:
+            saved = (opened.metadata() or {}).get("base_model_type", "")
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise CheckpointError(f"{where} is damaged or no safetensors file: {error}.") from None
+    here = _model_type(model)
+    if saved and here and saved != here:
+        raise CheckpointError(f"The adapter in {where.parent} was trained on a {saved} model; this is a {here} model.")
+    return tensors
+
+
+def _fill(
+    model: nn.Module, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], where: Path, root: str
+) -> None:
+    """Put what was read into the adapters, after checking that its keys and shapes are exactly theirs."""
     for adapter in adapters.values():
         adapter.expect(tensors)
     keys = hf_format.keys(adapters, root)
     computed = {key for adapter in adapters.values() for key in adapter.hf_computed}
-    wanted = {key: adapters[path].state_dict()[entry] for key, (path, entry) in keys.items()}
+    wanted = {key: hf_format.shape(adapters[path], entry) for key, (path, entry) in keys.items()}
     missing = [key for key in wanted if key not in tensors]
     others = [key for key in tensors if key not in wanted and key not in computed]
-    extra = [key for key in others if not _is_the_base_s(key, tensors[key], model, root)]
-    shapes = {key: (tensors[key].shape, wanted[key].shape) for key in wanted if key in tensors}
-    wrong = [f"{key} is {tuple(a)} in the file, {tuple(b)} here" for key, (a, b) in shapes.items() if a != b]
+    extra = [key for key in others if not _is_said_elsewhere(key, tensors, model, root)]
+    shapes = {key: (tuple(tensors[key].shape), wanted[key]) for key in wanted if key in tensors}
+    wrong = [f"{key} is {a} in the file, {b} here" for key, (a, b) in shapes.items() if a != b]
     problems = {"Missing": missing, "Unexpected": extra, "Of the wrong shape": wrong}
     if any(problems.values()):
         listed = "\n".join(f"{what}: {'; '.join(found)}" for what, found in problems.items() if found)
@@ -96,17 +115,37 @@ def fill(model: nn.Module, adapters: Mapping[str, Adapter], where: Path, root: s
     for path, adapter in adapters.items():
         own = {entry: key for key, (at, entry) in keys.items() if at == path}
         state = adapter.state_dict()
-        stored = weights.parameter(modules[path])
         # A base on the meta device has no data yet; the adapter has, and keeps it on the CPU until it is moved.
-        device = torch.device("cpu") if stored is None or stored.is_meta else stored.device
+        device = torch.device("cpu") if weights.device(modules[path]).type == "meta" else weights.device(modules[path])
         for entry, key in own.items():
-            state[entry] = tensors[key].to(device, state[entry].dtype)
+            state[entry] = tensors[key].view(state[entry].shape).to(device, state[entry].dtype)
         adapter.load_state_dict(state, assign=any(value.is_meta for value in adapter.state_dict().values()))
 
 
-def _is_the_base_s(key: str, tensor: Tensor, model: nn.Module, root: str) -> bool:
-    own = hf_format.base_value(key, model, root)
-    return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
+def _is_said_elsewhere(key: str, tensors: Mapping[str, Tensor], model: nn.Module, root: str) -> bool:
+    """Whether HF PEFT saved this value beside the adapter's own ones, and it is what we have anyway."""
+    tensor = tensors[key]
+    twins = [tensors[twin] for twin in hf_format.twins(key) if twin in tensors]
+    own = twins[0] if twins else hf_format.base_value(key, model, root)
+    if own is None or own.is_meta or own.shape != tensor.shape:
+        return False
+    return torch.equal(own.cpu(), tensor.to(own.dtype))
+
+
+def _with_embeddings(config: PeftConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> PeftConfig:
+    """After the vocabulary was resized HF PEFT saves the embeddings whole, and does not say so in the config.
+
+    They are trained copies here, as if modules_to_save had named them.
+    """
+    saved = getattr(config, "modules_to_save", []) or []
+    found = [
+        name
+        for name, module in hf_format.embeddings(model).items()
+        if (key := f"{config.hf_root}{name}.weight") in tensors
+        and not any(name.endswith(entry) for entry in saved)
+        and not _is_said_elsewhere(key, tensors, model, config.hf_root)
+    ]
+    return config.model_copy(update={"modules_to_save": [*saved, *found]}) if found else config
 
 
 def _weights(folder: str | Path) -> Path:
@@ -124,14 +163,6 @@ def _weights(folder: str | Path) -> Path:
 
 def _model_type(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", ""))
-
-
-def _check_architecture(model: nn.Module, where: Path, folder: str | Path) -> None:
-    with safe_open(where, "pt") as opened:
-        saved = (opened.metadata() or {}).get("base_model_type", "")
-    here = _model_type(model)
-    if saved and here and saved != here:
-        raise CheckpointError(f"The adapter in {folder} was trained on a {saved} model; this is a {here} model.")
 
 
 @dataclass(frozen=True)

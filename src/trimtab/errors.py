@@ -13,6 +13,8 @@ All of them are `ValueError`s. A message says which rule was broken, by which va
 """
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -46,6 +48,14 @@ class CheckpointError(TrimtabError):
 
 class DataError(TrimtabError):
     pass
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside this library that led here, however deep the call."""
+    level, package = 2, f"{__package__}."
+    while f"{sys._getframe(level - 1).f_globals.get('__name__')}.".startswith(package):
+        level += 1
+    warnings.warn(message, category, level)
 
 
 def closest(word: str, options: Iterable[str], n: int = 3) -> list[str]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .errors import CheckpointError
+from .errors import CheckpointError, did_you_mean
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -59,22 +59,29 @@ def _settle(folder: Path, names: list[str]) -> None:
                 _new(folder / name).unlink()
 
 
-def locate(folder_or_id: str | Path, revision: str | None = None) -> Path:
+def locate(folder_or_id: str | Path, revision: str | None = None, subfolder: str = "") -> Path:
     """The folder of an adapter: itself where it exists, else fetched from the Hugging Face hub by its id.
 
     Raises:
-        CheckpointError: neither a folder nor a hub id that can be fetched (or is cached, when offline).
+        CheckpointError: neither a folder nor a hub id that can be fetched (or is cached, when offline); no such
+            folder in it.
     """
     folder = Path(folder_or_id)
-    if folder.is_dir():
-        return folder
-    name = str(folder_or_id)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not folder.is_dir():
+        folder = _fetch(str(folder_or_id), revision)
+    if not (folder / subfolder).is_dir():
+        there = [path.parent.name for path in folder.glob(f"*/{CONFIG}")]
+        raise CheckpointError(f"{folder_or_id} has no folder {subfolder!r}.{did_you_mean(subfolder, there)}")
+    return folder / subfolder
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name} is no folder. Give the folder that save_pretrained wrote.")
     import huggingface_hub  # takes 0.1 s to import
 
     try:
-        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", WEIGHTS])
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json", f"*{WEIGHTS}"])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name} is no folder here, and the hub did not give it: {reason}") from None

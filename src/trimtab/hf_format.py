@@ -5,6 +5,7 @@ HF PEFT wraps: module `a.b` of the user's model is `base_model.model.a.b` there 
 method's (`Adapter.hf_key`).
 """
 
+import contextlib
 import copy
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from . import weights
 from .adapter import Adapter, InputAdapter
+from .errors import CheckpointError
 
 
 def keys(adapters: Mapping[str, Adapter], root: str) -> dict[str, tuple[str, str]]:
@@ -28,8 +30,8 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
     written = []
     for depth, part in enumerate(parts, 1):
         written.append(part)
-        above = adapters.get(".".join(parts[:depth])) if depth < len(parts) else None
-        if above is not None and not isinstance(above, InputAdapter):
+        outer = adapters.get(".".join(parts[:depth])) if depth < len(parts) else None
+        if outer is not None and outer.hf_wraps:
             written.append("base_layer")
     return ".".join(written)
 
@@ -37,28 +39,56 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
 def state(
     adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str, root: str
 ) -> dict[str, Tensor]:
-    """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given."""
+    """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given.
+
+    Raises:
+        CheckpointError: a weight that `values` lacks.
+    """
     found = {}
     for key, (path, entry) in keys(adapters, root).items():
         full = f"{path}.adapters.{name}.{entry}".removeprefix(".")
-        if values is not None and full in values:
-            tensor = values[full]
-        else:
-            tensor = adapters[path].state_dict()[entry]
+        if values is not None and full not in values:
+            raise CheckpointError(f"state_dict lacks {full}. Give the state dict of the whole model.")
+        tensor = adapters[path].state_dict()[entry] if values is None else values[full]
         gather = getattr(tensor, "full_tensor", None)  # sharded by FSDP2
-        found[key] = (gather() if gather else tensor).detach().cpu().contiguous()
+        tensor = (gather() if gather else tensor).detach().cpu()
+        found[key] = tensor.reshape(adapters[path].hf_shape(entry, tensor)).contiguous()
     for path, adapter in adapters.items():
         if adapter.hf_computed:
-            own = {entry: found[key] for key, (at, entry) in keys({path: adapter}, root).items()}
+            own = {entry: found[key] for key, (_, entry) in keys({path: adapter}, root).items()}
             whole = copy.deepcopy(adapter).cpu()
             whole.load_state_dict(own, assign=True)
             found |= {key: tensor.detach().contiguous() for key, tensor in whole.computed().items()}
     return found
 
 
+def shape(adapter: Adapter, entry: str) -> tuple[int, ...]:
+    """The shape of an entry of the adapter's state in the file."""
+    return adapter.hf_shape(entry, adapter.state_dict()[entry])
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """A transformers model's tables of its vocabulary, at the input and the output, by module name."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            found.append(getattr(model, getter)())
+    return {name: module for name, module in model.named_modules() if any(module is table for table in found)}
+
+
+def twins(key: str) -> list[str]:
+    """The keys under which a trained copy's bias may lie as well: with bias="all" HF PEFT saves it twice.
+
+    Inside a copy of several layers it leaves the adapter's name in the second key.
+    """
+    head, copied, rest = key.rpartition(".modules_to_save.")
+    return [f"{head}.{rest}", f"{head}.{rest.partition('.')[2]}"] if copied else []
+
+
 def base_value(key: str, model: nn.Module, root: str) -> Tensor | None:
     """The base's own tensor that a key names: HF PEFT saves frozen ones too (`save_embedding_layers`, bias="all")."""
-    path, _, entry = key.removeprefix(root).replace(".base_layer.", ".").rpartition(".")
+    plain = key.removeprefix(root).replace(".base_layer.", ".").replace(".original_module.", ".")
+    path, _, entry = plain.rpartition(".")
     site: nn.Module | None = dict(model.named_modules()).get(path)
     if site is None:
         return None

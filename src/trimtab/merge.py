@@ -6,7 +6,6 @@ subtracting a delta drifts), ties between weights, and quantized storage.
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from . import sites, weights
 from .adapter import Adapter
 from .attach import Trunk, detach, trunk
-from .errors import AdapterError, MergeError, did_you_mean
+from .errors import AdapterError, MergeError, did_you_mean, warn
 from .sites import AnySite
 
 PARTS = ("_parameters", "_buffers", "_modules", "state")  # `state` is where bitsandbytes keeps 8-bit scales
@@ -54,11 +53,10 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False) 
         raise
     own.active.merged = chosen
     if quantized := [path for path, site in folded.items() if weights.is_quantized(site)]:
-        warnings.warn(
+        warn(
             f"{len(quantized)} quantized weights were dequantized, merged and quantized again, which rounds: "
             "outputs differ slightly from those of the attached adapter.",
             QuantizedMergeWarning,
-            stacklevel=3,
         )
 
 
@@ -91,7 +89,7 @@ def merge_and_detach(model: nn.Module, names: list[str] | None = None, safe: boo
     if own.active.merged:
         unmerge(model)
     merge(model, names, safe)
-    untied = any(_was_tied(model, site) for site in own.sites.values())
+    untied = _comes_apart(model)
     for site in own.sites.values():
         vars(site).pop("_kept", None)
     own.active.merged = ()
@@ -165,11 +163,15 @@ def _follow(parameter: Tensor | None, merged: Tensor | None) -> None:
         parameter.data = parameter.data.to(merged.dtype)
 
 
-def _was_tied(model: nn.Module, site: nn.Module) -> bool:
-    kept = vars(site).get("_kept", {}).get("_parameters", {}).values()
-    still_there = {id(parameter) for parameter in model.parameters()}
-    own = {id(parameter) for parameter in site._parameters.values()}
-    return any(parameter is not None and id(parameter) in still_there - own for parameter in kept)
+def _comes_apart(model: nn.Module) -> bool:
+    """Whether what was one parameter before merging is several now."""
+    successors: dict[int, set[int]] = {}
+    for module in model.modules():
+        kept = vars(module).get("_kept", {}).get("_parameters", {})
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                successors.setdefault(id(kept.get(name, parameter)), set()).add(id(parameter))
+    return any(len(found) > 1 for found in successors.values())
 
 
 def _untie(model: nn.Module) -> None:

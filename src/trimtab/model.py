@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from . import attach, checkpoint, files, merge, sites, weights
+from . import attach, checkpoint, files, hf_format, merge, sites, weights
 from .adapter import PeftConfig
 from .attach import trunk
-from .errors import AdapterError, CheckpointError
+from .errors import AdapterError, CheckpointError, did_you_mean
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -141,19 +141,25 @@ class PeftModel(sites.Swapped, nn.Module):
         is_main_process: bool = True,
         safe_serialization: bool = True,
     ) -> None:
-        """Write the adapters: "default" (or the only one) to the folder itself, others to folders of their names.
+        """Write the adapters: "default" to the folder itself, others to folders of their names in it.
 
         Args:
             selected_adapters: which ones; all by default.
             state_dict: the model's, where it was gathered from shards.
             is_main_process: only then anything is written.
+        Raises:
+            AdapterError, CheckpointError: an unknown name, or a folder or format that cannot be; nothing is written.
         """
         if not safe_serialization:
             raise CheckpointError("Adapters are saved as safetensors only: a pickle can run any code when it is read.")
-        names = list(trunk(self).configs) if selected_adapters is None else selected_adapters
-        for name in names if is_main_process else ():
-            root = name == "default" or len(trunk(self).configs) == 1
-            checkpoint.save(self, Path(save_directory) / ("" if root else name), name, state_dict)
+        there = trunk(self).configs
+        names = list(there) if selected_adapters is None else selected_adapters
+        for name in names:
+            if name not in there:
+                raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, there)}")
+        for name in names:
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            checkpoint.save(self, folder, name, state_dict, is_main_process)
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -199,6 +205,30 @@ class PeftModel(sites.Swapped, nn.Module):
         """The base model's own outputs inside the `with` block, also while adapters are merged."""
         with merge.unmerged(self), attach.disabled(self):
             yield
+
+    def disable_adapters(self) -> None:
+        """As `disable_adapter`, but until `enable_adapters`. Refused while adapters are merged."""
+        own = trunk(self)
+        names = own.active.names
+        attach.activate(self, [])
+        own.resting = names or own.resting
+
+    def enable_adapters(self) -> None:
+        """Let those adapters act and train again that acted before `disable_adapters`."""
+        own = trunk(self)
+        if not own.active.names:
+            attach.activate(self, [name for name in own.resting if name in own.configs])
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What is saved of an adapter (the active one by default), under names without HF PEFT's prefix."""
+        own, name = trunk(self), self.active_adapter if adapter_name is None else adapter_name
+        if name not in own.configs:
+            raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+        root = own.configs[name].hf_root
+        saved = hf_format.state(own.adapters(name), state_dict, name, root)
+        return {key.removeprefix(root): value for key, value in saved.items()}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (the active ones by default) into the base's weights until `unmerge_adapter`."""
@@ -250,7 +280,7 @@ def _load(
     revision: str | None,
     subfolder: str,
 ) -> None:
-    folder = files.locate(model_id, revision) / subfolder
+    folder = files.locate(model_id, revision, subfolder)
     if config is None:
         config = PeftConfig.from_pretrained(folder)
     config = config.model_copy(update={"inference_mode": not is_trainable})

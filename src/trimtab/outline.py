@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .tasks.task import loading
+from .tasks.models import loading
 
 
 def outline(model: str) -> Any:

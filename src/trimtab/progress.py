@@ -32,8 +32,8 @@ class ProgressBar(TrainerCallback):
         self.bar.update(self.batches, total=len(kwargs["eval_dataloader"]), visible=True, advance=1)
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
-        self.bar.reset(self.batches, visible=False, note="")
         self.bar.stop()
+        self.bar.reset(self.batches, visible=False, note="")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.reset(self.batches, visible=False, note="")
@@ -45,5 +45,5 @@ class ProgressBar(TrainerCallback):
         self.console.print(f"epoch {state.epoch:.3g}, validation: {scores}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.steps, visible=False)
         self.bar.stop()
+        self.bar.update(self.steps, visible=False)

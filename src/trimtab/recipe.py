@@ -130,7 +130,7 @@ def _first(file: RecipeFile, error: ValidationError, under: Loc = ()) -> RecipeE
 
 def _check_method(file: RecipeFile, recipe: Recipe) -> None:
     if "name" not in recipe.method:
-        raise file.error(("method",), f"method has no key 'name'. There is: {', '.join(METHODS)}.")
+        raise file.error(("method",), f"method has no key 'name', which is one of: {', '.join(METHODS)}.")
     file.check_choice(("method", "name"), recipe.method["name"], METHODS)
     config = METHODS[recipe.method["name"]]
     if len(recipe.method) > 1:

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from . import weights
@@ -81,19 +82,36 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return mixed(self, *args, **kwargs)
 
-        namespace |= {"forward": forward, "_arguments": tuple(inspect.signature(original.forward).parameters)[1:]}
+        arguments = tuple(inspect.signature(original.forward).parameters)[1:]
+        namespace |= {"forward": forward, "_arguments": arguments}
     namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
 
 
 def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
-    module.__class__ = _generated(mixin, type(module))
+    _change_class(module, _generated(mixin, type(module)))
 
 
 def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
     mixins, original = lineage(type(module))
     kept = [other for other in mixins if other is not mixin]
-    module.__class__ = functools.reduce(lambda cls, other: _generated(other, cls), kept, original)
+    _change_class(module, functools.reduce(lambda cls, other: _generated(other, cls), kept, original))
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class also for accelerate's hooks (`device_map`), which keep the bound forward that they found."""
+    bound = [name for name in FORWARDS if _is_own(module, name)]
+    module.__class__ = cls
+    for name in bound:
+        vars(module)[name] = types.MethodType(cls.forward, module)
+
+
+FORWARDS = ("_old_forward", "forward")  # where accelerate keeps it while hooked, and leaves it when unhooked
+
+
+def _is_own(module: nn.Module, name: str) -> bool:
+    """Whether this attribute of the module is the forward of its class, bound."""
+    return getattr(vars(module).get(name), "__func__", None) is type(module).forward
 
 
 class AnySite(Swapped, nn.Module):
@@ -123,11 +141,10 @@ class Site(AnySite):
         stack = self.acting()
         if not stack:
             return call(*args, **kwargs)
-        if args:
-            x, args, name = args[0], args[1:], None
-        else:
-            name = self._arguments[0]
-            x = kwargs.pop(name)
+        # By keyword the input is the first parameter, or where that is left out whatever is given.
+        first = next(iter(self._arguments), "")
+        name = first if first in kwargs else next(iter(kwargs), None)
+        x = args[0] if args else kwargs.pop(name) if name else None
         for adapter in stack:
             if adapter.replacement is not None:
                 call = adapter.replacement
@@ -135,7 +152,10 @@ class Site(AnySite):
         for adapter in reversed(stack):
             inputs.append(x)
             x = adapter.before(self, x)
-        y = call(x, *args, **kwargs) if name is None else call(**{name: x}, **kwargs)
+        if args:
+            y = call(x, *args[1:], **kwargs)
+        else:
+            y = call(**{name: x}, **kwargs) if name else call()
         for adapter in stack:
             y = adapter.after(self, inputs.pop(), y)
         return y
@@ -181,9 +201,8 @@ def fold_weight(site: nn.Module, stored: Tensor | None, adapters: list[Adapter])
     if not adapters:
         return stored
     shape = weights.layout(site)
-    assert shape is not None
     folded = folded_weight(site, adapters)
-    return folded.T if shape.transposed else folded
+    return folded.T if shape and shape.transposed else folded
 
 
 def fold_bias(site: nn.Module, stored: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
@@ -205,7 +224,8 @@ def is_read(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether somebody else reads this module's weights instead of calling it."""
     if isinstance(module, nn.MultiheadAttention):
         return True
-    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer) and isinstance(module, nn.Linear)
+    read_by = nn.MultiheadAttention | nn.TransformerEncoderLayer
+    return isinstance(parent, read_by) and isinstance(module, nn.Linear | nn.LayerNorm)
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
@@ -227,6 +247,13 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
         raise TargetError(f"modules_to_save: {name} takes the virtual tokens of another adapter. Save parts of it.")
     if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
         raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
+    if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented":
+        raise TargetError(f"{name} is a {type(module).__name__}, which is never called. Name the modules inside it.")
+    if "forward" in vars(module) and not any(_is_own(module, name) for name in FORWARDS):
+        raise TargetError(f"{name} has a forward of its own instead of its class's: patch it after attaching adapters.")
+    meta = torch.get_default_device().type != "meta" and any(value.is_meta for value in adapter.parameters())
+    if (meta or adapter.replacement is not None) and any(weights.is_offloaded(part) for part in module.modules()):
+        raise TargetError(f"{name} is offloaded, so there are no values to train a copy of. Load the model whole.")
     if isinstance(adapter, InputAdapter) or not is_read(module, parent):
         return
     rule = f"{name} is never called: {type(parent or module).__name__} reads its weight. So an adapter must be foldable"
@@ -243,7 +270,7 @@ def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter
         swap_in(module, mixin)
     assert isinstance(module, AnySite)
     if "adapters" not in module._modules:
-        module.adapters = nn.ModuleDict()
+        module.adapters = nn.ModuleDict().train(module.training)
         module._active = active
     module.adapters[name] = adapter
     return module
@@ -257,5 +284,3 @@ def remove(module: AnySite, name: str) -> None:
             delattr(module, attribute)
         for mixin in (Site, InputSite, ReadSite):
             swap_out(module, mixin)
-
-

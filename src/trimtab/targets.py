@@ -2,9 +2,8 @@
 
 import inspect
 import re
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Self, TypeVar
 
 from pydantic import field_validator
@@ -12,7 +11,7 @@ from torch import nn
 
 from . import weights
 from .adapter import HEADS, Adapter, PeftConfig, TrainedCopy
-from .errors import ConfigError, TargetError, closest, did_you_mean
+from .errors import ConfigError, TargetError, closest, did_you_mean, warn
 from .sites import AnySite, plain_copy
 
 T = TypeVar("T")
@@ -105,8 +104,10 @@ class SavedModulesConfig(PeftConfig):
     def _saved(self, modules: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:
         if not self.modules_to_save:
             return {}
-        names = _select(self.modules_to_save, modules, "modules_to_save", model)
-        return {name: modules[name] for name in names}
+        # HF PEFT's rule is looser here: all names with this ending, so "norm" also means input_layernorm.
+        names = _select(self.modules_to_save, modules, "modules_to_save", model, lambda end, name: name.endswith(end))
+        outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        return {name: modules[name] for name in outer}
 
     def _to_save(self, model: nn.Module) -> list[str] | None:
         heads = HEADS.get(self.task_type, ()) if self.task_type else ()
@@ -161,7 +162,7 @@ class TargetConfig(SavedModulesConfig):
         """
         assert self.target_modules is not None, "resolve the config first"
         modules = dict(base_modules(model))
-        found = _select(self.target_modules, modules, "target_modules", model)
+        found = _with_projections(_select(self.target_modules, modules, "target_modules", model), modules)
         saved = list(self._saved(modules, model))
         found = [name for name in found if not any(name == top or name.startswith(f"{top}.") for top in saved)]
         if self.exclude_modules:
@@ -184,7 +185,8 @@ class TargetConfig(SavedModulesConfig):
         return weights.layout(module) is not None
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
-        made = {name: self.build(name, site) for name, site in self.find(model).items()}
+        found = self.find(model)
+        made = {name: self.build(pattern_name(name, found), site) for name, site in found.items()}
         return made | self.trained_copies(model)
 
     def _is_expression(self) -> bool:
@@ -226,6 +228,12 @@ def check_patterns(setting: str, keys: Iterable[str], names: Iterable[str]) -> N
             raise ConfigError(f"{setting} has the key {key!r}, which matches no target.{did_you_mean(key, names)}")
 
 
+def pattern_name(name: str, targets: Collection[str]) -> str:
+    """The name that patterns go by. As in HF PEFT, an attention's settings are those of its output projection."""
+    parent, _, last = name.rpartition(".")
+    return parent if last == "out_proj" and parent in targets else name
+
+
 def pattern_matches(key: str, name: str) -> bool:
     """HF PEFT's rule: the key is a regular expression for the whole name or for its last parts."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
@@ -236,7 +244,19 @@ def pattern_value(pattern: dict[str, T], name: str, default: T) -> T:
     return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
 
 
-def _select(wanted: list[str] | str, modules: dict[str, nn.Module], setting: str, model: nn.Module) -> list[str]:
+def _with_projections(found: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """As in HF PEFT, nn.MultiheadAttention as a target means its output projection as well."""
+    parts = {name: (name, f"{name}.out_proj") for name in found if isinstance(modules[name], nn.MultiheadAttention)}
+    return list(dict.fromkeys(part for name in found for part in parts.get(name, (name,))))
+
+
+def _select(
+    wanted: list[str] | str,
+    modules: dict[str, nn.Module],
+    setting: str,
+    model: nn.Module,
+    means: Callable[[str, str], bool] = matches,
+) -> list[str]:
     """The names a setting means, in the model's order."""
     if isinstance(wanted, str):
         try:
@@ -245,8 +265,8 @@ def _select(wanted: list[str] | str, modules: dict[str, nn.Module], setting: str
             raise ConfigError(f"{setting}={wanted!r} is no regular expression: {error}.") from None
         unmatched = [] if found else [wanted]
     else:
-        found = [name for name in modules if any(matches(entry, name) for entry in wanted)]
-        unmatched = [entry for entry in wanted if not any(matches(entry, name) for name in found)]
+        found = [name for name in modules if any(means(entry, name) for entry in wanted)]
+        unmatched = [entry for entry in wanted if not any(means(entry, name) for name in found)]
     if not found:
         hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, modules)))
         offer = f" Closest: {', '.join(hints)}." if hints else ""
@@ -255,7 +275,7 @@ def _select(wanted: list[str] | str, modules: dict[str, nn.Module], setting: str
             "The command `trimtab targets MODEL` lists what there is."
         )
     if unmatched:
-        warnings.warn(f"{setting}: {unmatched} match no module of {type(model).__name__}.", PartialTargetWarning, 5)
+        warn(f"{setting}: {unmatched} match no module of {type(model).__name__}.", PartialTargetWarning)
     return found
 
 

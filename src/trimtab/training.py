@@ -167,6 +167,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
     settings: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),  # without a graphics card it only warns
+        "use_cpu": not torch.accelerator.is_available(),  # without it bf16 is refused there
         **_settings(recipe),
         "output_dir": str(recipe.output / CHECKPOINTS),
         "logging_nan_inf_filter": False,
@@ -177,11 +178,21 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)  # of a run that did not finish
-        return transformers.TrainingArguments(**settings)
+        arguments = transformers.TrainingArguments(**settings)
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        _try_schedule(arguments)
     except OSError as error:
         raise ConfigError(f"The output folder {recipe.output} cannot be made: {error.strerror}.") from None
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from None
+    return arguments
+
+
+def _try_schedule(arguments: transformers.TrainingArguments) -> None:
+    """Make a learning-rate schedule for nothing: the Trainer makes its own only when training starts."""
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    settings: Any = arguments.lr_scheduler_kwargs
+    transformers.get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=settings)
 
 
 def _adapted(recipe: Recipe, task: Task) -> Any:
@@ -227,9 +238,7 @@ def _check_saved(folder: Path, rows: Any, expected: Tensor, device: torch.device
         loaded.model.to(device)
     off = (run.logits(loaded.model, _sample(loaded.task, rows)) - expected).abs().max().item()
     if not off <= TOLERANCE:
-        raise CheckpointError(
-            f"The adapter saved in {folder} does not predict what was trained (off by {off:g})."
-        )
+        raise CheckpointError(f"The adapter saved in {folder} does not predict what was trained (off by {off:g}).")
 
 
 def _peak_memory() -> int:

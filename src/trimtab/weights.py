@@ -67,10 +67,26 @@ def new_parameter(module: nn.Module, *shape: int) -> nn.Parameter:
 
     Inside `torch.device("meta")` it lies there: that is how a plan is made that will be filled from a file.
     """
-    stored = parameter(module)
     default = torch.get_default_device()
-    device = default if stored is None or default.type == "meta" else stored.device
-    return nn.Parameter(torch.empty(shape, dtype=master_dtype(compute_dtype(module)), device=device))
+    place = default if default.type == "meta" else device(module)
+    return nn.Parameter(torch.empty(shape, dtype=master_dtype(compute_dtype(module)), device=place))
+
+
+def device(module: nn.Module) -> torch.device:
+    """Where the layer computes; one that accelerate offloads keeps its weight on the meta device between calls."""
+    stored = parameter(module)
+    if stored is None:
+        return torch.get_default_device()
+    hook: Any = getattr(module, "_hf_hook", None)
+    places = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
+    place = next((found for found in places if found is not None), None)
+    return stored.device if place is None or not stored.is_meta else torch.device(place)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate (`device_map`) fetches the weight from the CPU or the disk at each call."""
+    stored = parameter(module)
+    return stored is not None and stored.is_meta and hasattr(module, "_hf_hook")
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -85,16 +101,17 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def read(module: nn.Module) -> Tensor:
-    """The dense weight (out, in / groups, *kernel); a view of the stored one where that is dense.
+    """The dense weight (out, in / groups, *kernel), or a norm's; a view of the stored one where that is dense.
 
     Raises:
         MergeError: a packed format that this library cannot read.
     """
     shape = layout(module)
-    assert shape is not None
-    weight = module._parameters.get(shape.weight)
+    weight = module._parameters.get(shape.weight if shape else "weight")
     if weight is None:
         raise MergeError(f"The weight of {type(module).__name__} cannot be read: it is stored in an unknown format.")
+    if is_offloaded(module):
+        raise MergeError(f"The weight of {type(module).__name__} is offloaded. Load the model whole to merge into it.")
     kind = type(weight).__name__
     if kind == "Params4bit":
         dense = _read_4bit(weight)
@@ -104,7 +121,7 @@ def read(module: nn.Module) -> Tensor:
         dense = weight.dequantize()
     else:
         dense = weight
-    return dense.T if shape.transposed else dense
+    return dense.T if shape and shape.transposed else dense
 
 
 def write(module: nn.Module, weight: Tensor) -> None:

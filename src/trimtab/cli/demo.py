@@ -39,9 +39,9 @@ def demo(
     from ..report import predictions, summary
     from ..training import train
 
-    console = Console()
+    console = Console(highlight=False)
     shipped = Path(__file__).parents[1] / "data" / "demo.yaml"
-    console.print("LoRA on MiniLM (6 layers, 23 million parameters), product, film and service reviews")
+    console.print("LoRA on MiniLM, 23 million parameters; product, film and service reviews")
     here = {"model": Path(package.origin).parent / "model", "output": output.absolute()}
     settings = recipe.read(shipped, [f"{key}={json.dumps(str(value))}" for key, value in here.items()])
     result = train(settings, console.print, [ProgressBar(console)])
@@ -51,7 +51,7 @@ def demo(
     answers = found.task.predict(found.model, FRESH)
     console.print("", predictions(FRESH, answers), "", sep="\n")
     command = [sys.executable, "-m", "trimtab", "predict", str(result.folder), "--json", "--", *FRESH]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    if [json.loads(line)["probabilities"] for line in lines] != answers:
-        raise CheckpointError(f"The adapter in {result.folder}, loaded in a fresh process, predicts otherwise.")
+    fresh = subprocess.run(command, capture_output=True, text=True)
+    if [json.loads(line)["probabilities"] for line in fresh.stdout.splitlines()] != answers:
+        raise CheckpointError(f"A fresh process does not predict the same from {result.folder}. {fresh.stderr}")
     console.print(f"Saved in {result.folder}; loaded in a fresh process it gives equal predictions.", soft_wrap=True)

@@ -35,4 +35,4 @@ def predict(
         for text, answer in zip(inputs, answers, strict=True):
             print(json.dumps({"input": text, "probabilities": answer}, ensure_ascii=False))
         return
-    Console().print(predictions(inputs, answers))
+    Console(highlight=False).print(predictions(inputs, answers))

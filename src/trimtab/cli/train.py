@@ -26,7 +26,7 @@ def train(
     from ..report import summary
     from ..training import train as run
 
-    console = Console()
+    console = Console(highlight=False)
     result = run(recipes.read(recipe, overrides or ()), console.print, [ProgressBar(console)])
     console.print(summary(result.metrics))
     console.print(f"Saved in {result.folder}. Try: trimtab predict {result.folder} TEXT", soft_wrap=True)

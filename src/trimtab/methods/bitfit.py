@@ -33,6 +33,8 @@ class TrainedBias(nn.Module):
 class BiasAdapter(Adapter):
     """The trained bias of a module that has nothing else to adapt."""
 
+    hf_wraps = False
+
     def __init__(self, site: nn.Module) -> None:
         super().__init__()
         self.bias = TrainedBias(site)
@@ -56,13 +58,18 @@ def _behind_channels(site: nn.Module, y: Tensor) -> int:
     if isinstance(site, nn.modules.conv._ConvNd):
         return len(site.kernel_size)  # y may lack the batch
     if isinstance(site, nn.modules.instancenorm._InstanceNorm):
-        return site._get_no_batch_dim() - 1  # the same
+        return int(site._get_no_batch_dim()) - 1  # type: ignore[no-untyped-call]  # the same
     return y.dim() - 2 if isinstance(site, CHANNELS_FIRST) else 0
 
 
 def bias_name(site: nn.Module) -> str:
     shape = weights.layout(site)
     return shape.bias if shape else "bias"
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether it has a bias of that name: nn.MultiheadAttention's in_proj_bias is none to HF PEFT and its files."""
+    return own_bias(module) is not None and bias_name(module) == "bias"
 
 
 def own_bias(site: nn.Module) -> Tensor | None:

@@ -4,6 +4,9 @@ A (r, in) starts random and B (out, r) at zero, so that nothing changes at first
 with rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732). Dropout acts on x before A. On a convolution A
 is a convolution with the site's kernel, stride and padding to r channels and B one with kernel 1; an embedding of
 V rows is the linear map of one-hot vectors, so A is (r, V).
+
+Where an nn.MultiheadAttention is a target, its output projection is one too, and there s is doubled: HF PEFT adds that
+product twice, and an adapter must mean the same in both libraries.
 """
 
 import math
@@ -16,8 +19,8 @@ from torch.nn import functional as F
 from .. import weights
 from ..adapter import Adapter
 from ..errors import ConfigError, MergeError
-from ..targets import TargetConfig, base_modules, check_patterns, pattern_value
-from .bitfit import BiasAdapter, TrainedBias, own_bias
+from ..targets import TargetConfig, base_modules, check_patterns, pattern_name, pattern_value
+from .bitfit import BiasAdapter, TrainedBias, has_bias
 
 
 class LoraAdapter(Adapter):
@@ -70,6 +73,9 @@ class LoraAdapter(Adapter):
             return "base_layer.bias"
         return f"lora_embedding_{name}" if self.embeds else f"lora_{name}.weight"
 
+    def hf_shape(self, name: str, value: Tensor) -> tuple[int, ...]:
+        return (*value.shape, *[1] * (self.A.dim() - 2)) if name == "B" else tuple(value.shape)
+
 
 class LoraConfig(TargetConfig):
     """LoRA's settings.
@@ -108,12 +114,18 @@ class LoraConfig(TargetConfig):
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         made = super().adapters(model)
-        targets = [name for name, adapter in made.items() if isinstance(adapter, LoraAdapter)]
+        lora = {name: adapter for name, adapter in made.items() if isinstance(adapter, LoraAdapter)}
+        targets = [pattern_name(name, lora) for name in lora]
+        for target, (name, adapter) in zip(targets, lora.items(), strict=True):
+            if target != name:  # an attention's output projection
+                adapter.scale *= 2
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
         if self.bias == "all":
-            biased = {name: module for name, module in base_modules(model) if own_bias(module) is not None}
-            made |= {name: BiasAdapter(module) for name, module in biased.items() if name not in made}
+            copied = tuple(f"{name}." for name, adapter in made.items() if adapter.replacement is not None)
+            for name, module in base_modules(model):
+                if has_bias(module) and name not in made and not name.startswith(copied):
+                    made[name] = BiasAdapter(module)
         return made
 
     def build(self, name: str, site: nn.Module) -> LoraAdapter:
@@ -126,6 +138,6 @@ class LoraConfig(TargetConfig):
         adapter = LoraAdapter(
             site, r, alpha / (math.sqrt(r) if self.use_rslora else r), self.lora_dropout, self.init_lora_weights
         )
-        if self.bias != "none" and own_bias(site) is not None:
+        if self.bias != "none" and has_bias(site):
             adapter.bias = TrainedBias(site)
         return adapter

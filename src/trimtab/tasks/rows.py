@@ -24,10 +24,7 @@ def read(path: Path) -> Any:
     Raises:
         DataError: no such file, an unknown format, rows that cannot be read, or none.
     """
-    if not path.is_file():
-        what = "is a folder; give a file" if path.is_dir() else "does not exist"
-        beside = [other.name for other in path.parent.glob("*") if other.is_file()]
-        raise DataError(f"{path} {what}.{did_you_mean(path.name, beside)}")
+    _check_there(path)
     suffix = next((end for end in reversed(path.suffixes) if end != ".gz"), "")
     if suffix.lower() not in FORMATS:
         raise DataError(f"{path} is of no known format; known are {', '.join(FORMATS)}, each also with .gz.")
@@ -47,6 +44,23 @@ def read(path: Path) -> Any:
             raise DataError(f"{path} holds no rows.") from None
         raise DataError(f"{path} cannot be read: {reason}") from None
     return rows
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises: DataError."""
+    _check_there(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {_reason(error)}") from None
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder; give a file" if path.is_dir() else "does not exist"
+        beside = [other.name for other in path.parent.glob("*") if other.is_file()]
+        raise DataError(f"{path} {what}.{did_you_mean(path.name, beside)}")
 
 
 def _put(path: Path, plain: Path) -> None:

@@ -1,15 +1,13 @@
 """The contract: what a task knows about its data and its model (`Task`), and where the data are (`Data`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationInfo
 
 from ..adapter import TaskType
-from ..errors import ConfigError, did_you_mean
 
 Quantization = Literal["none", "int8", "nf4"]
 Say = Callable[[str], object]  # tells the user one line
@@ -97,21 +95,3 @@ class Task(ABC):
     @abstractmethod
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, float]]:
         """For each input the possible answers and their probabilities."""
-
-
-@contextmanager
-def loading(model: str) -> Iterator[None]:
-    """Turn what transformers raises about a model that is not there, or is none, into one line."""
-    try:
-        yield
-    except ImportError as error:
-        if "bitsandbytes" in str(error):
-            raise ConfigError("Quantization needs bitsandbytes: pip install 'trimtab[quant]'.") from None
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        folder = Path(model).expanduser()
-        if folder.is_absolute() and not folder.is_dir():
-            beside = [path.name for path in folder.parent.glob("*") if path.is_dir()]
-            raise ConfigError(f"There is no model folder {model}.{did_you_mean(folder.name, beside)}") from None
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"The model {model} cannot be loaded: {reason}") from None

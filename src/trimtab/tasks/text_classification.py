@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Self
 
 from ..adapter import TaskType
 from ..errors import CheckpointError, ConfigError, DataError
+from . import models
 from . import rows as files
-from .task import Data, Quantization, Say, Task, loading
+from .task import Data, Quantization, Say, Task
 
 SAVED = "task.json"
 LONGEST = 512  # tokens, where neither the recipe nor the model says less
@@ -41,13 +42,15 @@ class TextClassification(Task):
         given = {"train": data.train, "validation": data.validation, "test": data.test}
         raw = {split: files.read(path) for split, path in given.items() if isinstance(path, Path)}
         columns = data.columns | _guess(raw["train"], data)
-        if guessed := [f"{name}={column}" for name, column in columns.items() if name not in data.columns]:
-            say(f"Columns: {', '.join(guessed)} (guessed; set data.columns to change this)")
+        guessed = [f"{column} is the {name}" for name, column in columns.items() if name not in data.columns]
+        if guessed:
+            say(f"Columns guessed: {', '.join(guessed)} (data.columns changes this)")
         texts = {split: _clean(given[split], found, columns, split, say) for split, found in raw.items()}
         if isinstance(data.validation, float):
             texts["train"], texts["validation"] = _split(texts["train"], data.validation, seed)
         labels = _labels(texts, data)
-        tokenizer, limit = _tokenizer(model)
+        tokenizer = models.tokenizer(model)
+        limit = models.longest(model, tokenizer)
         if data.max_length and data.max_length > limit:
             raise ConfigError(f"data.max_length={data.max_length} is more than the {limit} tokens {model} can read.")
         task = cls(labels, columns, tokenizer, data.max_length or min(limit, LONGEST))
@@ -58,11 +61,7 @@ class TextClassification(Task):
         if not (folder / SAVED).is_file():
             raise CheckpointError(f"{folder} was not written by `trimtab train`: there is no {SAVED} in it.")
         known = json.loads((folder / SAVED).read_text(encoding="utf-8"))
-        with loading(str(folder)):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(tuple(known["labels"]), known["columns"], tokenizer, known["max_length"])
+        return cls(tuple(known["labels"]), known["columns"], models.tokenizer(str(folder)), known["max_length"])
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -70,32 +69,18 @@ class TextClassification(Task):
         (folder / SAVED).write_text(json.dumps(known, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     def load_model(self, model: str, quantization: Quantization) -> tuple[Any, list[str]]:
-        found, fresh = self._load(model, quantization, [])
-        if fresh and quantization != "none":  # new modules were quantized as well, but they are to be trained
-            found, fresh = self._load(model, quantization, fresh)
-        return found, fresh
-
-    def _load(self, model: str, quantization: Quantization, plain: list[str]) -> tuple[Any, list[str]]:
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        with loading(model):
+        with models.loading(model):
             config = AutoConfig.from_pretrained(
                 model,
                 num_labels=len(self.labels),
                 id2label=dict(enumerate(self.labels)),
                 label2id={label: i for i, label in enumerate(self.labels)},
             )
-            if config.get_text_config().pad_token_id is None:  # decoders find the last token of a row by it
-                config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-            found, report = AutoModelForSequenceClassification.from_pretrained(
-                model,
-                config=config,
-                quantization_config=_quantizer(quantization, plain),
-                ignore_mismatched_sizes=True,  # the head of another set of classes is replaced by a new one
-                output_loading_info=True,
-            )
-        missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-        return found, _modules_of(found, missing)
+        if config.get_text_config().pad_token_id is None:  # decoders find the last token of a row by it
+            config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        return models.load(AutoModelForSequenceClassification, model, config, quantization)
 
     def _encode(self, found: dict[str, list[Any]], split: str, say: Say) -> Any:
         import datasets
@@ -126,8 +111,9 @@ class TextClassification(Task):
 
     def inputs(self, path: Path) -> list[Any]:
         """The texts (or pairs) of a file: one a line in a .txt, else from the columns trained on."""
-        if path.suffix == ".txt" and path.is_file():
-            found: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found: list[Any]
+        if path.suffix == ".txt":
+            found = files.lines(path)
         else:
             rows = files.read(path)
             wanted = [column for name, column in self.names.items() if name != "label"]
@@ -245,38 +231,3 @@ def _labels(texts: dict[str, dict[str, list[str]]], data: Data) -> tuple[str, ..
 
 def _is_whole(label: str) -> bool:
     return label.removeprefix("-").isdecimal()
-
-
-def _tokenizer(model: str) -> tuple[Any, int]:
-    """The model's tokenizer, able to pad, and the most tokens that the model can read."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    with loading(model):
-        tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return tokenizer, min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-
-
-def _quantizer(quantization: Quantization, plain: list[str]) -> Any:
-    """transformers' settings for bitsandbytes; `plain` are the modules to leave as they are."""
-    if quantization == "none":
-        return None
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain or None)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=plain or None)
-
-
-def _modules_of(model: Any, missing: set[str]) -> list[str]:
-    """The outermost modules of which every parameter is missing, or else the layers that own one."""
-    chosen: list[str] = []
-    for name, module in model.named_modules():
-        own = {f"{name}.{key}" for key, _ in module.named_parameters()}
-        inside = any(name.startswith(f"{outer}.") for outer in chosen)
-        lacks = (own and own <= missing) or any(f"{name}.{key}" in missing for key in module._parameters)
-        if name and not inside and lacks:
-            chosen.append(name)
-    return chosen

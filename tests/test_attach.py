@@ -1,0 +1,156 @@
+"""The verbs on adapters: what they refuse, what they report, and that a refusal changes nothing."""
+
+from typing import Any
+
+import models
+import pytest
+import torch
+from battery import Snapshot, run, same_bits
+from models import randomise
+
+import trimtab
+from trimtab import AdapterError, LoraConfig, attach, get_peft_model
+
+CONFIG = LoraConfig(r=2, target_modules=["first"], modules_to_save=["head"])
+
+
+def adapted() -> tuple[Any, dict[str, torch.Tensor]]:
+    model, inputs = models.mlp()
+    randomise(get_peft_model(model, CONFIG))
+    return model, inputs
+
+
+def test_the_model_stays_the_object_that_it_was() -> None:
+    model, _ = models.mlp()
+    first = model.first
+    assert get_peft_model(model, CONFIG) is model
+    assert model.get_base_model() is model
+    assert model.first is first
+    assert isinstance(model, models.Mlp)
+    assert isinstance(model, trimtab.PeftModel)
+    assert model.unload() is model
+    assert not isinstance(model, trimtab.PeftModel)
+
+
+def test_attaching_twice_is_refused() -> None:
+    model, inputs = adapted()
+    before = Snapshot.of(model, inputs)
+    with pytest.raises(AdapterError, match=r"Mlp has adapters already. Use model.add_adapter"):
+        get_peft_model(model, CONFIG)
+    with pytest.raises(AdapterError, match="There is an adapter 'default' already"):
+        model.add_adapter("default", CONFIG)
+    before.holds(model, inputs)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a/b", "keys", "training", "_modules"])
+def test_names_that_cannot_name_a_module_or_a_folder(name: str) -> None:
+    model, inputs = models.mlp()
+    before = Snapshot.of(model, inputs)
+    with pytest.raises(AdapterError, match="cannot be an adapter's name"):
+        get_peft_model(model, CONFIG, name)
+    before.holds(model, inputs)
+
+
+@pytest.mark.parametrize("verb", ["set_adapter", "delete_adapter"])
+def test_an_unknown_name_is_named_with_the_closest(verb: str) -> None:
+    model, inputs = adapted()
+    before = Snapshot.of(model, inputs)
+    with pytest.raises(AdapterError, match=r"There is no adapter 'defualt'\. Did you mean 'default'\?"):
+        getattr(model, verb)("defualt")
+    before.holds(model, inputs)
+
+
+def test_a_model_without_adapters_says_so() -> None:
+    with pytest.raises(AdapterError, match=r"Mlp has no adapters. Attach one with get_peft_model"):
+        attach.trunk(models.mlp().model)
+
+
+def test_two_trained_copies_of_one_module_cannot_act_together() -> None:
+    model, inputs = adapted()
+    model.add_adapter("second", CONFIG)
+    before = Snapshot.of(model, inputs)
+    with pytest.raises(AdapterError, match="'default' and 'second' both replace head: they cannot act together"):
+        model.set_adapter(["default", "second"])
+    before.holds(model, inputs)
+
+
+def test_deleting_one_of_two_active_adapters_leaves_the_other_acting() -> None:
+    model, inputs = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["first", "second"]))
+    randomise(model, seed=4)
+    model.set_adapter("second")
+    expected = run(model, inputs)
+    model.set_adapter(["default", "second"])
+    model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+    assert model.active_adapter == "second"
+    assert same_bits(run(model, inputs), expected)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"{layer}.adapters.second.{end}" for layer in ("first", "second") for end in "AB"
+    }
+
+
+def test_the_one_active_adapter() -> None:
+    model, _ = adapted()
+    assert model.active_adapter == "default"
+    model.add_adapter("second", LoraConfig(target_modules=["second"]))
+    model.set_adapter(["default", "second"])
+    with pytest.raises(AdapterError, match="2 adapters are active"):
+        model.active_adapter  # noqa: B018
+
+
+def test_the_status_of_every_site() -> None:
+    model, _ = adapted()
+    model.add_adapter("second", LoraConfig(target_modules=["first", "second"], inference_mode=True))
+    model.set_adapter(["default", "second"])
+    status = {site.name: site for site in model.get_layer_status()}
+    assert set(status) == {"first", "second", "head"}
+    first = status["first"]
+    assert first.module_type == "Linear"
+    assert first.enabled
+    assert first.active_adapters == ["default", "second"]
+    assert first.available_adapters == ["default", "second"]
+    assert first.requires_grad == {"default": True, "second": False}
+    assert first.merged_adapters == []
+    assert status["head"].active_adapters == ["default"]
+    assert first.devices == {"default": ["cpu"], "second": ["cpu"]}
+    model.merge_adapter()
+    assert model.get_layer_status()[0].merged_adapters == ["default", "second"]
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert not model.get_layer_status()[0].enabled
+
+
+def test_adapters_in_the_base_s_precision_where_asked_for() -> None:
+    model, _ = models.mlp()
+    get_peft_model(model.bfloat16(), CONFIG, autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_new_adapter_takes_the_mode_of_its_site() -> None:
+    """Dropout in a model that is in eval mode must stay off."""
+    for training in (True, False):
+        model, _ = models.mlp()
+        get_peft_model(model.train(training), CONFIG)
+        assert {module.training for module in model.modules()} == {training}
+
+
+def test_a_trained_copy_starts_from_the_base_whatever_acts() -> None:
+    model, inputs = adapted()
+    model.add_adapter("second", CONFIG)
+    model.set_adapter("second")
+    assert same_bits(run(model, inputs), run(models.mlp().model, inputs))
+
+
+def test_disabling_ends_with_the_block_also_after_an_error() -> None:
+    model, inputs = adapted()
+    active = run(model, inputs)
+    for merged in (False, True):
+        if merged:
+            model.merge_adapter()
+        expected = run(model, inputs)
+        with pytest.raises(ZeroDivisionError), model.disable_adapter():
+            raise ZeroDivisionError
+        assert same_bits(run(model, inputs), expected)
+    model.unmerge_adapter()
+    assert same_bits(run(model, inputs), active)

@@ -1,0 +1,126 @@
+"""torch.compile(fullgraph=True) takes a model with adapters: no graph breaks, and it sees every switch of adapters.
+
+The backend is "aot_eager", which traces all that "inductor" does and generates no code.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import models
+import pytest
+import torch
+from battery import close, far, is_adapter, loss, run, same_bits
+from models import Tiny, output
+from test_integration import EVERY_SHAPE, all_close, attach, gradients, second
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, **settings: Any) -> Any:
+    return torch.compile(model, fullgraph=True, **{"backend": "aot_eager", **settings})
+
+
+def gradients_through(made: Any, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss(made, inputs).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@EVERY_SHAPE
+def test_compiled_equals_eager(build: Callable[..., Tiny]) -> None:
+    model, inputs = attach(build())
+    active, expected = run(model, inputs), gradients(model, inputs)
+    made = compiled(model)
+    close(run(made, inputs), active)
+    all_close(gradients_through(made, model, inputs), expected)
+
+
+@EVERY_SHAPE
+def test_inputs_of_other_lengths(build: Callable[..., Tiny]) -> None:
+    """One graph serves all lengths (or sizes of batches, for images)."""
+    model, inputs = attach(build())
+    counter = CompileCounterWithBackend("aot_eager")
+    made = compiled(model, backend=counter, dynamic=True)
+    for size in (5, 7, 4):
+        given = {
+            name: value.repeat(size, 1, 1, 1) if name == "pixel_values" else value.repeat(1, size)
+            for name, value in inputs.items()
+        }
+        close(run(made, given), run(model, given))
+    assert counter.frame_count == 1
+
+
+def test_switching_adapters_after_compiling() -> None:
+    model, inputs = attach(models.llama())
+    second(model)
+    made = compiled(model)
+    base = run(*models.llama())
+    for names in (["default"], ["second"], ["default", "second"], ["default"]):
+        model.set_adapter(names)
+        close(run(made, inputs), run(model, inputs))
+        far(run(made, inputs), base)
+    with model.disable_adapter():
+        assert same_bits(run(made, inputs), run(model, inputs))
+        close(run(made, inputs), base)
+    model.set_adapter("second")
+    active = run(model, inputs)
+    model.merge_adapter()
+    close(run(made, inputs), active)
+    model.unmerge_adapter()
+    close(run(made, inputs), active)
+    model.delete_adapter("default")
+    close(run(made, inputs), active)
+    close(run(compiled(model.unload()), inputs), base)
+    close(run(made, inputs), base)
+
+
+def test_attaching_after_compiling() -> None:
+    model, inputs = models.llama()
+    made = compiled(model)
+    base = run(made, inputs)
+    attach(Tiny(model, inputs))
+    far(run(made, inputs), base)
+    close(run(made, inputs), run(model, inputs))
+
+
+def test_compiling_in_place() -> None:
+    model, inputs = attach(models.llama())
+    active, expected = run(model, inputs), gradients(model, inputs)
+    model.compile(backend="aot_eager", fullgraph=True)
+    close(run(model, inputs), active)
+    all_close(gradients(model, inputs), expected)
+
+
+def test_steps_of_training_see_the_changed_weights() -> None:
+    losses = []
+    for how in (lambda model: model, compiled):
+        model, inputs = attach(models.llama())
+        made = how(model.train())
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses.append([])
+        for _ in range(3):
+            value = loss(made, inputs)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(value.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][0] > losses[0][1] > losses[0][2]
+
+
+def test_inductor() -> None:
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor generates C++, and there is no compiler here")
+    model, inputs = attach(models.llama(num_hidden_layers=1))
+    active, expected = run(model, inputs), gradients(model, inputs)
+    made = compiled(model, backend="inductor")
+    close(run(made, inputs), active)
+    all_close(gradients_through(made, model, inputs), expected)

@@ -1,0 +1,133 @@
+"""Imports point one way, the public names are sorted, and `import trimtab` stays light."""
+
+import ast
+import graphlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import trimtab
+
+SOURCE = Path(trimtab.__file__).parent
+
+# From the bottom up. A module imports only from lines above its own; modules on one line do not know each other.
+# A folder is one entry: what happens inside it only has to be free of cycles.
+LAYERS = [
+    {"errors"},
+    {"files", "weights", "recipe_file"},
+    {"adapter"},
+    {"sites"},
+    {"targets"},
+    {"attach", "caches", "prompts"},
+    {"tokens"},
+    {"methods", "merge", "hf_format"},
+    {"checkpoint"},
+    {"model", "kbit"},
+    {"auto"},
+    {"tasks"},
+    {"recipe", "outline"},
+    {"run"},
+    {"training"},
+    {"report", "progress"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, as a dotted name below it; a folder goes by its own name."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> Iterator[str]:
+    """The dotted names that a module imports anywhere in it, functions included; ours as relative to the package."""
+    path = MODULES[name]
+    package = path.relative_to(SOURCE).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            inside = ".".join(part for part in base if part)
+            for alias in node.names:
+                full = f"{inside}.{alias.name}".removeprefix(".")
+                yield f".{full if full in MODULES else inside}"
+
+
+def ours(name: str) -> set[str]:
+    return {found[1:] for found in imports(name) if found.startswith(".")}
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    assert top(name) in LEVEL, f"give {top(name)} its place in LAYERS"
+    for other in ours(name):
+        assert other in MODULES, f"{name} imports {other!r}, which is no module"
+        if top(other) != top(name):
+            assert LEVEL[top(other)] < LEVEL[top(name)], f"{name} imports {other}, which is not below it"
+
+
+def test_there_is_no_import_cycle() -> None:
+    order = list(graphlib.TopologicalSorter({name: ours(name) for name in MODULES}).static_order())
+    assert set(order) == set(MODULES)
+
+
+def test_the_package_is_imported_by_relative_names_only() -> None:
+    for name in MODULES:
+        assert not [found for found in imports(name) if top(found) == "trimtab"], name
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if top(name) == "methods"])
+def test_methods_know_nothing_of_transformers(name: str) -> None:
+    assert not {top(found) for found in imports(name)} & {"transformers", "accelerate", "datasets", "peft"}
+
+
+def test_hf_peft_is_never_imported() -> None:
+    for name in MODULES:
+        assert "peft" not in {top(found) for found in imports(name)}, name
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert list(trimtab.__all__) == sorted(set(trimtab.__all__))
+    for name in trimtab.__all__:
+        assert getattr(trimtab, name) is not None
+    own = {
+        name for name, value in vars(trimtab).items()
+        if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith("trimtab.")
+    }  # fmt: skip
+    assert own <= set(trimtab.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Lora'"):
+        trimtab.Lora  # noqa: B018
+
+
+def test_every_public_error_is_a_value_error() -> None:
+    for name in trimtab.__all__:
+        if name.endswith("Error"):
+            assert issubclass(getattr(trimtab, name), trimtab.TrimtabError)
+    assert issubclass(trimtab.TrimtabError, ValueError)
+
+
+def test_importing_trimtab_is_light() -> None:
+    """Neither transformers nor anything else that takes long and is not needed for attaching adapters."""
+    heavy = "transformers accelerate datasets bitsandbytes sklearn matplotlib peft huggingface_hub typer rich yaml"
+    code = f"import sys, trimtab; print(*({set(heavy.split())!r} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.split() == []
