@@ -55,23 +55,23 @@ def write_csv(path: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...] =
     return path
 
 
-@pytest.fixture
-def settings(tmp_path: Path, bert: Path) -> dict[str, Any]:
-    """A recipe's content, with its data lying in `tmp_path`; a run of it takes a second."""
-    write_csv(tmp_path / "train.csv", [review(i) for i in range(24)])
-    write_csv(tmp_path / "test.csv", [review(i) for i in range(24, 32)])
-    return {
+def write_recipe(folder: Path, model: Path) -> Path:
+    """A recipe and its data in `folder`; a run of it takes a second."""
+    write_csv(folder / "train.csv", [review(i) for i in range(24)])
+    write_csv(folder / "test.csv", [review(i) for i in range(24, 32)])
+    settings = {
         "task": "text-classification",
-        "model": str(bert),
+        "model": str(model),
         "data": {"train": "train.csv", "validation": 0.25, "test": "test.csv"},
         "method": {"name": "lora", "r": 2, "target_modules": ["query", "value"]},
         "training": {"epochs": 2, "batch_size": 6, "learning_rate": 0.01},
         "output": "run",
     }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return path
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, settings: dict[str, Any]) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    return path
+def recipe(tmp_path: Path, bert: Path) -> Path:
+    return write_recipe(tmp_path, bert)
