@@ -10,14 +10,20 @@ import pytest
 import torch
 from models import Tiny, ids, randomise
 from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification
 
 import trimtab
-from trimtab import get_peft_model
+from trimtab import AdapterError, PromptTuningConfig, get_peft_model
 
 P = 3
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # HF PEFT asks it
+GREEDY = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),  # HF PEFT asks it
+    pytest.mark.filterwarnings("ignore:Position ids are not supported"),  # HF PEFT says it whenever it generates
+]
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("PromptTuningConfig", {}),
@@ -105,3 +111,62 @@ def test_ours_reads_hf_peft_s(method: str, model: str, tmp_path: Path) -> None:
         del inputs["decoder_input_ids"]
     ours = trimtab.PeftModel.from_pretrained(make().model, tmp_path)
     same(ours, hf, inputs)
+
+
+# -------------------------------------------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["llama-left", "gpt2", "opt", "t5"])
+@pytest.mark.parametrize("method", METHODS)
+def test_generates_what_hf_peft_does(method: str, model: str, tmp_path: Path) -> None:
+    """Row by row, with a cache and without, and all rows together behind padding.
+
+    (Behind padding HF PEFT itself generates other tokens than row by row: it drops position_ids.)
+    """
+    ours, inputs = trained(method, model)
+    mask = inputs["attention_mask"]
+    ours.save_pretrained(tmp_path)
+    hf = peft.PeftModel.from_pretrained(MODELS[model][0]().model, str(tmp_path)).eval()
+    alone = []
+    for row, seen in zip(inputs["input_ids"], mask.bool(), strict=True):
+        single = {"input_ids": row[seen][None], "attention_mask": mask[:1, : int(seen.sum())] * 0 + 1}
+        expected = hf.generate(**single, **GREEDY)
+        assert torch.equal(ours.generate(**single, **GREEDY), expected)
+        assert torch.equal(ours.generate(**single, **GREEDY, use_cache=False), expected)
+        alone.append(expected[0, -5:])
+    together = ours.generate(input_ids=inputs["input_ids"], attention_mask=mask, **GREEDY)
+    assert torch.equal(together[:, -5:], torch.stack(alone))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_goes_on_from_a_cache(method: str) -> None:
+    model, inputs = trained(method, "llama")
+    tokens = inputs["input_ids"]
+    whole = model(tokens).logits
+    first = model(tokens[:, :3])
+    rest = model(tokens[:, 3:], past_key_values=first.past_key_values, attention_mask=torch.ones(2, 5))
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, **TOLERANCE)
+    with model.disable_adapter():
+        bare = model(tokens[:, :3])
+    with pytest.raises(AdapterError, match=r"cache of 3 positions.*filled without this adapter"):
+        model(tokens[:, 3:], past_key_values=bare.past_key_values, attention_mask=torch.ones(2, 5))
+    with pytest.raises(AdapterError, match="static cache"):
+        model.generate(tokens, attention_mask=torch.ones(2, 5), cache_implementation="static", **GREEDY)
+
+
+@torch.no_grad()
+def test_last_real_token_is_pooled_whatever_the_padding() -> None:
+    """A classifier on a decoder finds the last token by its id; HF PEFT makes it take the padding."""
+    config = models.llama().model.config
+    config.num_labels = 3
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(config).eval()
+    model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=P, task_type="SEQ_CLS"))
+    tokens = ids()
+    padded = tokens.where(RIGHT.bool(), torch.tensor(0))
+    together = model(padded, attention_mask=RIGHT, labels=torch.tensor([1, 2]))
+    assert together.logits.shape == (2, 3)
+    torch.testing.assert_close(together.logits[1:], model(tokens[1:, :3]).logits, **TOLERANCE)
+    assert set(model.peft_config["default"].modules_to_save) == {"score"}

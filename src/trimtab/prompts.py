@@ -106,9 +106,6 @@ class Prompt(VirtualTokens):
             if labels.shape != (rows, length):
                 raise AdapterError(f"labels {tuple(labels.shape)} do not fit the tokens {(rows, length)}, one for one.")
             new["labels"] = _before(labels, self.tokens, -100)
-        for name in ("start_positions", "end_positions"):
-            if given.get(name) is not None:
-                new[name] = given[name] + self.tokens
         return named(site, new)
 
     def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
@@ -116,14 +113,13 @@ class Prompt(VirtualTokens):
             return result
         whole = _length(given) + self.tokens
 
-        def cut(name: str, value: Any) -> Any:
+        def cut(value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(cut(name, part) for part in value)
-            each = 3 if name not in ("start_logits", "end_logits") else 2  # dimensions of what each position has
-            positions = isinstance(value, Tensor) and value.dim() == each and value.shape[1] == whole
-            return value[:, self.tokens :] if positions else value
+                return tuple(cut(part) for part in value)
+            of_positions = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == whole
+            return value[:, self.tokens :] if of_positions else value
 
-        return unnamed(site, given, type(result)(**{name: cut(name, value) for name, value in result.items()}))
+        return unnamed(site, given, type(result)(**{name: cut(value) for name, value in result.items()}))
 
 
 class WiderMask(InputAdapter):
@@ -229,22 +225,28 @@ class PromptConfig(PromptLearningConfig):
         # Of a prompt for encoder and decoder HF PEFT saves both halves, and uses the first: so does this.
         prompt = self.prompt(embedding(module), self.num_virtual_tokens * self.num_transformer_submodules)
         made: dict[str, Adapter] = {path: prompt}
-        if path:
+        if takes(model, "decoder_input_ids"):
             prompt.feeds_decoder = True
             made[""] = WiderMask(self.num_virtual_tokens)
         return made | self.trained_copies(model)
 
 
 def reader(model: nn.Module) -> tuple[str, nn.Module]:
-    """The module that embeds the tokens: the root, or the encoder of an encoder-decoder, with its name.
+    """The module before whose input virtual tokens go, with its name.
+
+    That is the encoder of an encoder-decoder; the base model below a head that knows tokens by their place (the last
+    one that is no padding, the start of an answer); and the root of a language model, where the last virtual token
+    learns to predict the first real one.
 
     Raises:
         TargetError: the model reads no tokens, or takes them as ids only.
     """
-    path, module = "", model
+    module = model
     if takes(model, "decoder_input_ids"):
-        encoder = model.get_encoder()  # type: ignore[operator]
-        path, module = next((name, found) for name, found in base_modules(model) if found is encoder)
+        module = model.get_encoder()  # type: ignore[operator]
+    elif takes(base := getattr(model, "base_model", model), "inputs_embeds") and not _predicts_tokens(model):
+        module = base
+    path = next((name for name, found in base_modules(model) if found is module), "")
     if not takes(module, "inputs_embeds"):
         raise TargetError(
             f"{type(module).__name__} takes no inputs_embeds, so virtual tokens cannot go before its input. Use a "
@@ -252,6 +254,13 @@ def reader(model: nn.Module) -> tuple[str, nn.Module]:
         )
     embedding(module)
     return path, module
+
+
+def _predicts_tokens(model: nn.Module) -> bool:
+    try:
+        return model.get_output_embeddings() is not None  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def embedding(module: nn.Module) -> nn.Embedding:
