@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sites
-from .adapter import Adapter, PeftConfig
+from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import AdapterError, did_you_mean
 from .sites import Active, AnySite
 
@@ -28,6 +28,11 @@ class Trunk:
         """The adapters of one name, by module name."""
         there = {path: site.adapters for path, site in self.sites.items()}
         return {path: cast(Adapter, adapters[name]) for path, adapters in there.items() if name in adapters}
+
+    def changes_input(self, name: str) -> bool:
+        return any(
+            isinstance(adapter, InputAdapter) and not adapter.looks_only for adapter in self.adapters(name).values()
+        )
 
 
 def trunk(model: nn.Module) -> Trunk:
@@ -96,8 +101,8 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
     """Let these adapters act, in this order, and train them (unless their config says inference_mode).
 
     Raises:
-        AdapterError: an unknown name; two adapters that replace the same module; or merged adapters, which would
-            go on acting unseen.
+        AdapterError: an unknown name; two adapters that replace the same module, or that change the model's input;
+            or merged adapters, which would go on acting unseen.
     """
     own = trunk(model)
     for name in names:
@@ -110,6 +115,12 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
         for path, adapter in own.adapters(name).items():
             if adapter.replacement is not None and (other := replaced.setdefault(path, name)) != name:
                 raise AdapterError(f"{other!r} and {name!r} both replace {path}: they cannot act together.")
+    prompts = [name for name in dict.fromkeys(names) if own.changes_input(name)]
+    if len(prompts) > 1:
+        raise AdapterError(
+            f"{prompts} all put virtual tokens before the input, where each was trained to stand alone. Activate one "
+            "of them; adapters at layers (LoRA and the like) can act beside it."
+        )
     for name in {*own.active.names, *names}:
         learns = trainable and name in names and not own.configs[name].inference_mode
         for adapter in own.adapters(name).values():

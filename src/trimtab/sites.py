@@ -10,13 +10,13 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import weights
-from .adapter import Adapter
+from .adapter import Adapter, InputAdapter
 from .errors import TargetError
 
 
@@ -82,7 +82,7 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return mixed(self, *args, **kwargs)
 
-        namespace |= {"forward": forward, "_first": [*inspect.signature(original.forward).parameters, ""][1]}
+        namespace |= {"forward": forward, "_arguments": tuple(inspect.signature(original.forward).parameters)[1:]}
     namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
 
@@ -114,22 +114,26 @@ def _is_own(module: nn.Module, name: str) -> bool:
 
 
 class AnySite(Swapped, nn.Module):
-    """What both kinds of site hold. `adapters` are all that are loaded here, active or not."""
+    """What all kinds of site hold. `adapters` are all that are loaded here, active or not."""
 
+    _arguments: ClassVar[tuple[str, ...]]  # the names of forward's parameters
     adapters: nn.ModuleDict
     _active: Active
     _kept: dict[str, Any]  # while merged: the parameters as they were
 
-    def acting(self) -> list[Adapter]:
-        """The adapters that shape this call: active, and not already in the weights."""
-        active = self._active
-        return [self.adapters[name] for name in active.names if name in self.adapters and name not in active.merged]  # type: ignore[misc]
+    def acting(self, on_input: bool = False) -> list[Adapter]:
+        """The adapters that shape this call: active, and not already in the weights.
+
+        Args:
+            on_input: those that act on the arguments by name, instead of those that act around the call.
+        """
+        names = [name for name in self._active.names if name in self.adapters and name not in self._active.merged]
+        stack = [cast(Adapter, self.adapters[name]) for name in names]
+        return [adapter for adapter in stack if isinstance(adapter, InputAdapter) == on_input]
 
 
 class Site(AnySite):
     """A module that is called: its adapters act around its own forward."""
-
-    _first: ClassVar[str]  # the name of forward's first parameter, for calls by keyword
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = super().forward
@@ -137,7 +141,7 @@ class Site(AnySite):
         if not stack:
             return call(*args, **kwargs)
         # By keyword the input is the first parameter, or where that is left out whatever is given.
-        name = self._first if self._first in kwargs else next(iter(kwargs), None)
+        name = next((name for name in (*self._arguments[:1], *kwargs) if name in kwargs), None)
         x = args[0] if args else kwargs.pop(name) if name else None
         for adapter in stack:
             if adapter.replacement is not None:
@@ -153,6 +157,24 @@ class Site(AnySite):
         for adapter in stack:
             y = adapter.after(self, inputs.pop(), y)
         return y
+
+
+class InputSite(AnySite):
+    """The model, or a large part of it: its adapters act on the arguments and the result of its forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stack = cast(list[InputAdapter], self.acting(on_input=True))
+        if not stack:
+            return super().forward(*args, **kwargs)
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        calls = []
+        for adapter in reversed(stack):
+            calls.append((adapter, given))
+            given = adapter.inputs(self, given)
+        result = super().forward(**given)
+        for adapter, given in reversed(calls):
+            result = adapter.outputs(self, given, result)
+        return result
 
 
 class ReadSite(AnySite):
@@ -182,9 +204,10 @@ def fold_weight(site: nn.Module, stored: Tensor | None, adapters: list[Adapter])
 
 
 def fold_bias(site: nn.Module, stored: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
+    folded = stored
     for adapter in adapters:
-        stored = adapter.merged_bias(site, stored)
-    return stored
+        folded = adapter.merged_bias(site, folded)
+    return folded if stored is None or folded is None else folded.to(stored.dtype)
 
 
 def folded_weight(site: nn.Module, adapters: list[Adapter]) -> Tensor:
@@ -219,8 +242,12 @@ def sites(model: nn.Module) -> Iterator[AnySite]:
 
 def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapter) -> None:
     """Raise a TargetError where this adapter would not act at this module."""
+    if adapter.replacement is not None and isinstance(module, InputSite):
+        raise TargetError(f"modules_to_save: {name} takes the virtual tokens of another adapter. Save parts of it.")
     if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
         raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
+    if isinstance(adapter, InputAdapter):
+        return
     if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented":
         raise TargetError(f"{name} is a {type(module).__name__}, which is never called. Name the modules inside it.")
     if "forward" in vars(module) and not any(_is_own(module, name) for name in FORWARDS):
@@ -241,8 +268,9 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
 
 def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":
     """Put an adapter at a module, making a site of it where it is none yet."""
-    if not isinstance(module, AnySite):
-        swap_in(module, ReadSite if is_read(module, parent) else Site)
+    mixin = InputSite if isinstance(adapter, InputAdapter) else ReadSite if is_read(module, parent) else Site
+    if not isinstance(module, mixin):
+        swap_in(module, mixin)
     assert isinstance(module, AnySite)
     if "adapters" not in module._modules:
         module.adapters = nn.ModuleDict().train(module.training)
@@ -257,5 +285,5 @@ def remove(module: AnySite, name: str) -> None:
     if not len(module.adapters):
         for attribute in ("adapters", "_active"):
             delattr(module, attribute)
-        for mixin in (Site, ReadSite):
+        for mixin in (Site, InputSite, ReadSite):
             swap_out(module, mixin)

@@ -1,5 +1,6 @@
 """Which modules a config means: names, patterns, "all-linear", defaults; and what a model offers at all."""
 
+import inspect
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -65,28 +66,79 @@ def is_linear(module: nn.Module) -> bool:
     return weights.layout(module) is not None and not isinstance(module, others)
 
 
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether the module's forward has an argument of that name."""
+    return argument in inspect.signature(module.forward).parameters
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether an entry of a list means this module: its full name, or its last parts."""
     return name == pattern or name.endswith(f".{pattern}")
 
 
-class TargetConfig(PeftConfig):
+def means(entries: list[str] | str, name: str) -> bool:
+    """Whether a setting means this module: as a list of names, or as a regular expression for the full name."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(matches(entry, name) for entry in entries)
+
+
+class SavedModulesConfig(PeftConfig):
+    """Settings of the methods beside which whole modules can be trained.
+
+    modules_to_save: modules trained whole, as copies; for classification tasks the head is added by itself.
+    """
+
+    modules_to_save: list[str] | None = None
+
+    @field_validator("modules_to_save", mode="before")
+    @classmethod
+    def _saved_listed(cls, value: Any) -> Any:
+        return sorted(value) if isinstance(value, set | frozenset) else value
+
+    def resolved(self, model: nn.Module) -> Self:
+        return self.model_copy(update={"modules_to_save": self._to_save(model)})
+
+    def trained_copies(self, model: nn.Module) -> dict[str, Adapter]:
+        """Adapters for `modules_to_save`, by module name."""
+        made: dict[str, Adapter] = {}
+        for name, module in self._saved(dict(base_modules(model)), model).items():
+            if isinstance(module, nn.MultiheadAttention):
+                raise TargetError(f"modules_to_save: {name} is a MultiheadAttention; adapt it, or save its parent.")
+            made[name] = TrainedCopy(plain_copy(module))
+        return made
+
+    def _saved(self, modules: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:
+        if not self.modules_to_save:
+            return {}
+        # HF PEFT's rule is looser here: all names with this ending, so "norm" also means input_layernorm.
+        names = _select(self.modules_to_save, modules, "modules_to_save", model, lambda end, name: name.endswith(end))
+        outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        return {name: modules[name] for name in outer}
+
+    def _to_save(self, model: nn.Module) -> list[str] | None:
+        heads = HEADS.get(self.task_type, ()) if self.task_type else ()
+        names = [name for name, _ in base_modules(model)]
+        present = [head for head in heads if any(matches(head, name) for name in names)]
+        listed = list(dict.fromkeys([*(self.modules_to_save or []), *present]))
+        return listed or None
+
+
+class TargetConfig(SavedModulesConfig):
     """Settings of the methods that live at sites chosen by name.
 
     target_modules: list of names (full, or last parts), a regular expression for full names, or "all-linear";
         None takes the query and value projections of attention.
     exclude_modules: names or a regular expression to leave out.
     layers_to_transform, layers_pattern: only the layers with these numbers, in the module list of that name.
-    modules_to_save: modules trained whole, as copies; for classification tasks the head is added by itself.
     """
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
 
-    @field_validator("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", mode="before")
+    @field_validator("target_modules", "exclude_modules", "layers_pattern", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return sorted(value) if isinstance(value, set | frozenset) else value
@@ -101,12 +153,13 @@ class TargetConfig(PeftConfig):
             raise ConfigError("layers_pattern says where layers are counted: it needs layers_to_transform beside it.")
         if self.layers_to_transform is not None and self._is_expression():
             raise ConfigError("target_modules is a regular expression: write the layers into it, not beside it.")
-        update: dict[str, Any] = {"modules_to_save": self._to_save(model)}
+        config = super().resolved(model)
         if self.target_modules is None:
-            update["target_modules"] = list(_default(model))
-        elif self.target_modules == ALL_LINEAR:
-            update["target_modules"] = _compact(self._all_linear(model, update["modules_to_save"] or []), model)
-        return self.model_copy(update=update)
+            return config.model_copy(update={"target_modules": self.default_targets(model)})
+        if self.target_modules == ALL_LINEAR:
+            found = compact(self._all_linear(model, config.modules_to_save or []), model)
+            return config.model_copy(update={"target_modules": found})
+        return config
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to adapt, by name.
@@ -134,6 +187,10 @@ class TargetConfig(PeftConfig):
                 )
         return {name: modules[name] for name in found}
 
+    def default_targets(self, model: nn.Module) -> list[str]:
+        """What target_modules=None means; unless a method says otherwise, attention's query and value."""
+        return list(_default(model))
+
     def fits(self, module: nn.Module) -> bool:
         """Whether this method can adapt such a module; by default every layer with one weight."""
         return weights.layout(module) is not None
@@ -141,29 +198,10 @@ class TargetConfig(PeftConfig):
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         found = self.find(model)
         made = {name: self.build(pattern_name(name, found), site) for name, site in found.items()}
-        for name, module in self._saved(dict(base_modules(model)), model).items():
-            if isinstance(module, nn.MultiheadAttention):
-                raise TargetError(f"modules_to_save: {name} is a MultiheadAttention; adapt it, or save its parent.")
-            made[name] = TrainedCopy(plain_copy(module))
-        return made
+        return made | self.trained_copies(model)
 
     def _is_expression(self) -> bool:
         return isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
-
-    def _to_save(self, model: nn.Module) -> list[str] | None:
-        heads = HEADS.get(self.task_type, ()) if self.task_type else ()
-        names = [name for name, _ in base_modules(model)]
-        present = [head for head in heads if any(matches(head, name) for name in names)]
-        listed = list(dict.fromkeys([*(self.modules_to_save or []), *present]))
-        return listed or None
-
-    def _saved(self, modules: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:
-        if not self.modules_to_save:
-            return {}
-        # HF PEFT's rule is looser here: all names with this ending, so "norm" also means input_layernorm.
-        names = _select(self.modules_to_save, modules, "modules_to_save", model, lambda end, name: name.endswith(end))
-        outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-        return {name: modules[name] for name in outer}
 
     def _all_linear(self, model: nn.Module, saved: list[str]) -> list[str]:
         """Every linear layer but the output head: logits are left to what comes before them, as in QLoRA."""
@@ -191,6 +229,17 @@ class TargetConfig(PeftConfig):
             there = sorted(set(number.values()))
             raise TargetError(f"layers_to_transform names layers {missing}; the targets are in layers {there}.")
         return [name for name in found if number.get(name) in wanted]
+
+
+def shared(made: dict[str, Adapter]) -> dict[str, Adapter]:
+    """One adapter, the first, for all sites whose names differ in numbers only and whose adapters have its shapes."""
+    first: dict[Any, Adapter] = {}
+    found = {}
+    for path, adapter in made.items():
+        shapes = tuple((name, value.shape) for name, value in adapter.named_parameters())
+        kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)  # whole parts of the name
+        found[path] = adapter if adapter.replacement is not None else first.setdefault((kind, shapes), adapter)
+    return found
 
 
 def check_patterns(setting: str, keys: Iterable[str], names: Iterable[str]) -> None:
@@ -228,18 +277,18 @@ def _select(
     modules: dict[str, nn.Module],
     setting: str,
     model: nn.Module,
-    means: Callable[[str, str], bool] = matches,
+    alike: Callable[[str, str], bool] = matches,
 ) -> list[str]:
     """The names a setting means, in the model's order."""
     if isinstance(wanted, str):
         try:
-            found = [name for name in modules if re.fullmatch(wanted, name)]
+            found = [name for name in modules if means(wanted, name)]
         except re.error as error:
             raise ConfigError(f"{setting}={wanted!r} is no regular expression: {error}.") from None
         unmatched = [] if found else [wanted]
     else:
-        found = [name for name in modules if any(means(entry, name) for entry in wanted)]
-        unmatched = [entry for entry in wanted if not any(means(entry, name) for name in found)]
+        found = [name for name in modules if any(alike(entry, name) for entry in wanted)]
+        unmatched = [entry for entry in wanted if not any(alike(entry, name) for name in found)]
     if not found:
         hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, modules)))
         offer = f" Closest: {', '.join(hints)}." if hints else ""
@@ -268,8 +317,8 @@ def _default(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _compact(names: list[str], model: nn.Module) -> list[str]:
+def compact(names: list[str], model: nn.Module) -> list[str]:
     """The last parts of the names where they say the same, else the names."""
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = [name for name, _ in base_modules(model) if any(matches(end, name) for end in ends)]
+    meant = [name for name, _ in base_modules(model) if means(ends, name)]
     return ends if meant == names and not any(end.isdigit() for end in ends) else names

@@ -164,8 +164,8 @@ def linear(site: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """The site's own map with another weight (n, in, *kernel) in place of its own, and no bias.
 
     For linear layers x (..., in) -> (..., n), for embeddings ids (...) -> (..., n), for convolutions
-    (B, in, ...) -> (B, n, ...), batched or not, with the site's stride, padding and dilation. Grouping is not
-    applied: the n rows see all inputs.
+    (B, in, ...) -> (B, n, ...), batched or not, with the site's stride, padding and dilation. A weight
+    (n, in / groups, *kernel) is grouped as the site's own is; with (n, in, *kernel) the n rows see all inputs.
     """
     if isinstance(site, nn.Embedding):
         found = F.embedding(x, weight.T, site.padding_idx)
@@ -179,7 +179,9 @@ def _convolve(site: Any, x: Tensor, weight: Tensor) -> Tensor:
     padding = site.padding
     if site.padding_mode != "zeros":
         x, padding = F.pad(x, site._reversed_padding_repeated_twice, mode=site.padding_mode), 0
-    result: Tensor = _CONVOLVE[len(site.kernel_size)](x, weight, None, site.stride, padding, site.dilation)
+    groups = site.in_channels // weight.shape[1]
+    convolve = _CONVOLVE[len(site.kernel_size)]
+    result: Tensor = convolve(x, weight, None, site.stride, padding, site.dilation, groups)
     return result
 
 

@@ -1,0 +1,127 @@
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): attention(Q, [P_k; K], [P_v; V]) in every layer, P learned.
+
+P is (tokens, layers * 2 * heads * width of a head), the heads being those of keys and values, of which there are
+fewer than queries under grouped-query attention. With a projection, P = W2 tanh(W1 H + b1) + b2 with H, W, b learned
+(the paper's reparameterisation); after training only P matters.
+
+The prefix enters through the key-value cache, so positions of the real tokens begin behind it.
+"""
+
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from .. import caches, weights
+from ..adapter import Adapter, InputAdapter
+from ..errors import AdapterError, ConfigError
+from ..prompts import PromptLearningConfig, VirtualTokens, cached, named, setting, unnamed
+from ..targets import takes
+
+
+class Prefix(VirtualTokens):
+    where = ""  # "decoder_" before the names of a decoder's arguments
+    enters_attention = False  # whether a `PrefixAgain` is in every layer
+
+    def __init__(
+        self, embedding: nn.Parameter, encoder: nn.Module | None, sizes: tuple[int, int, int], step: int
+    ) -> None:
+        """sizes: tokens, layers, heads of keys and values. step: HF PEFT's num_transformer_submodules."""
+        super().__init__(embedding, sizes[0], encoder)
+        self.layers, self.heads, self.step = *sizes[1:], step
+        self.checkpointed = False  # whether the last call was
+
+    def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        self.checkpointed = site.training and any(vars(part).get("gradient_checkpointing") for part in site.modules())
+        if self.checkpointed and not self.enters_attention:
+            raise AdapterError(
+                f"A prefix goes through the key-value cache, which {type(site).__name__} drops in checkpointed layers. "
+                "Train without gradient checkpointing, or with PromptTuningConfig."
+            )
+        new = self.behind(given, self.where)
+        if not cached(given):
+            names = [f"{where}{name}" for where in (self.where, "") for name in ("input_ids", "inputs_embeds")]
+            rows = next(len(given[name]) for name in (*names, "labels") if given.get(name) is not None)
+            states = [self.states(layer, rows, weights.compute_dtype(site)) for layer in range(self.layers)]
+            new["past_key_values"] = caches.filled(site, given.get("past_key_values"), states)
+        return named(site, new)
+
+    def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
+        if given.get("past_key_values") is None and not setting(site, given, "use_cache"):
+            # or generate would go on from a cache it did not ask for
+            result = type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
+        return unnamed(site, given, result)
+
+    def states(self, layer: int, rows: int, dtype: torch.dtype) -> caches.Pair:
+        """Keys and values in one layer, the same for each row."""
+        pairs = self().view(self.tokens, self.layers, 2, self.heads, -1)
+        # With a step of 2 (encoder-decoders) HF PEFT skips every other pair; so must who reads its adapters.
+        pair = pairs[:, self.step * layer % self.layers].permute(1, 2, 0, 3)  # (2, heads, P, width of a head)
+        keys, values = pair.to(dtype).unsqueeze(1).expand(-1, rows, -1, -1, -1)
+        return keys, values
+
+
+class PrefixAgain(InputAdapter):
+    """At attention: the prefix, in case transformers has dropped the cache, as it does in checkpointed layers."""
+
+    def __init__(self, prefix: Prefix, layer: int) -> None:
+        super().__init__()
+        self.prefix, self.layer = (prefix,), layer  # in a tuple, or its weights would be here too
+
+    def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        crosses = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
+        if not self.prefix[0].checkpointed or crosses or given.get("past_key_values") is not None:
+            return given
+        hidden = given["hidden_states"]
+        states = self.prefix[0].states(self.layer, len(hidden), hidden.dtype)
+        return {**given, "past_key_values": caches.FixedCache(states)}
+
+
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning's settings, beside those of all virtual tokens.
+
+    prefix_projection: make the prefix by a two-layer MLP of width encoder_hidden_size (by default token_dim) while
+    training. init_weights: None (normal numbers, or what the MLP makes of them) or "zero". token_dim and
+    num_attention_heads are those of keys: all heads together, and their number.
+    """
+
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+
+    encoder_hidden_size: int | None = Field(None, ge=1)
+    prefix_projection: bool = False
+    init_weights: Literal["zero"] | None = None
+
+    def resolved(self, model: nn.Module) -> Self:
+        config = super().resolved(model)
+        caches.holder(model)
+        layers, heads, width = caches.sizes(model)
+        for name, found in {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width}.items():
+            if getattr(self, name) not in (None, found):
+                raise ConfigError(f"{name}={getattr(self, name)}, but in {type(model).__name__} it is {found}.")
+            config = config.model_copy(update={name: found})
+        return config.model_copy(update={"encoder_hidden_size": self.encoder_hidden_size or heads * width})
+
+    def adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        assert self.num_virtual_tokens is not None
+        assert self.num_transformer_submodules is not None
+        path, module = caches.holder(model)
+        layers, heads, width = caches.sizes(model)
+        out, encoder = layers * 2 * heads * width, None
+        columns = heads * width if self.prefix_projection else out
+        values = weights.new_parameter(module, self.num_virtual_tokens, columns)
+        nn.init.normal_(values)
+        if self.prefix_projection:
+            assert self.encoder_hidden_size is not None
+            last = nn.Linear(self.encoder_hidden_size, out)
+            encoder = nn.Sequential(nn.Linear(heads * width, self.encoder_hidden_size), nn.Tanh(), last)
+        if self.init_weights == "zero":
+            for parameter in (values,) if encoder is None else last.parameters():
+                nn.init.zeros_(parameter)
+        sizes = self.num_virtual_tokens, layers, heads
+        prefix = Prefix(values, encoder, sizes, self.num_transformer_submodules)
+        prefix.where = "decoder_" if takes(module, "decoder_input_ids") else ""
+        readers = caches.readers(model)
+        prefix.enters_attention = set(readers.values()) == set(range(layers))
+        again = {name: PrefixAgain(prefix, layer) for name, layer in readers.items()}
+        return {path: prefix, **(again if prefix.enters_attention else {}), **self.trained_copies(model)}
