@@ -39,4 +39,4 @@ bench: $(STAMP)
 	@echo "There are no benchmarks yet."
 
 docs: $(STAMP)
-	@echo "There is nothing to build: the documentation is README.md and the docstrings."
+	@$(BIN)/python -m trimtab.catalog docs/methods.md

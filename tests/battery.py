@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import models
@@ -21,13 +22,27 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab import (
+    AdaLoraConfig,
+    BitFitConfig,
+    BOFTConfig,
+    BottleneckConfig,
+    CompacterConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    LoReftConfig,
     MergeError,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
+    VeraConfig,
     get_peft_model,
     sites,
 )
@@ -50,6 +65,15 @@ def lora(id: str, tiny: Callable[[], Tiny] = models.mlp, skips: dict[str, str] |
     """LoRA of a scale other than 1; on two stacked layers of the MLP unless the case says otherwise."""
     defaults = {"r": 2, "lora_alpha": 5, "target_modules": ["first", "second"]}
     return Case(id, LoraConfig(**{**defaults, **settings}), tiny, skips or {})
+
+
+REPLACES = {"nest": "two trained copies of one module cannot act together; they are refused"}
+BENT = {"merge": "a non-linearity lies between the two matrices, so no weight does the same"}
+COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}
+DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
+_PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
+PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
+TOKENS = models.ids().unique().tolist()[::-1]
 
 
 def virtual(id: str, config: type[PeftConfig], tiny: Callable[[], Tiny] = models.gpt2, **settings: Any) -> Case:
@@ -79,6 +103,7 @@ ALL_SMALL_CONFIGS = [
     lora("lora-patterns", models.llama, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3},
          alpha_pattern={"layers.0.self_attn.q_proj": 1},
          skips={"finite_differences": "Llama's norm computes in float32, whatever its input: too coarse"}),
+    lora("lora-shared", models.bert, target_modules=["query", "dense"], share_across_layers=True),
     lora("lora-gpt2", models.gpt2, target_modules=["c_attn", "c_proj", "c_fc"], bias="all"),
     lora("lora-bert", models.bert, target_modules="all-linear", task_type="SEQ_CLS",
          skips={"nest": "two trained copies of one head cannot act together; they are refused"}),
@@ -89,6 +114,103 @@ ALL_SMALL_CONFIGS = [
          skips={"merge": "A sees all channels, a grouped convolution its own share, so no such weight exists"}),
     lora("lora-encoder", models.encoder, target_modules="all-linear", bias="all"),
     lora("lora-attention", models.encoder, target_modules=["self_attn", "out_proj"]),
+    Case("adalora", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, lora_alpha=5, orth_reg_weight=0,
+                                  target_modules=["first", "second"])),
+    Case("adalora-vit", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, lora_dropout=0.2, orth_reg_weight=0,
+                                      target_modules=["q_proj", "projection"]), models.vit),
+    Case("adalora-gpt2", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, lora_alpha=30, orth_reg_weight=0,
+                                       target_modules=["c_attn", "c_fc"]), models.gpt2),
+    Case("adalora-encoder", AdaLoraConfig(init_r=3, target_r=2, tinit=2, total_step=10, orth_reg_weight=0,
+                                          target_modules=["self_attn", "linear1"]), models.encoder),
+    Case("bottleneck", BottleneckConfig(target_modules=["first", "norm"], reduction_factor=2, non_linearity="tanh"),
+         skips=BENT),
+    Case("bottleneck-houlsby", BottleneckConfig(variant="houlsby", reduction_factor=4, non_linearity="silu",
+                                                layer_norm="before", drop_first=1, dropout=0.3), models.opt, BENT),
+    Case("bottleneck-pfeiffer", BottleneckConfig(reduction_factor=2, non_linearity="gelu", layer_norm="after"),
+         models.gpt2, BENT),
+    Case("bottleneck-shared", BottleneckConfig(variant="houlsby", reduction_factor=4, non_linearity="tanh",
+                                               share_across_layers=True), models.vit, BENT),
+    Case("bottleneck-parallel", BottleneckConfig(variant="parallel", reduction_factor=8, non_linearity="tanh"),
+         models.bert, BENT | {"nest": "the adapter at the part's end takes the input that the one at its start keeps"}),
+    Case("bottleneck-modules", BottleneckConfig(target_modules=["self_attn", "mlp"], non_linearity="tanh"),
+         models.llama, BENT | COARSE),
+    Case("compacter", CompacterConfig(phm_dim=2, phm_rank=2, reduction_factor=2, target_modules=["second", "norm"]),
+         skips=BENT),
+    Case("compacter-t5", CompacterConfig(reduction_factor=2, plus_plus=True), models.t5, BENT | COARSE),
+    Case("loreft", LoReftConfig(r=2, first=2, last=1, tied=False, layers=[0]), models.bert,
+         {"merge": "it acts at some positions only, so no weight does the same"}),
+    Case("loreft-gpt2", LoReftConfig(r=3, first=0, last=2), models.gpt2,
+         {"merge": "it acts at some positions only, so no weight does the same"}),
+    Case("ia3", IA3Config(target_modules=["first", "second"], feedforward_modules=["second"])),
+    Case("ia3-llama", IA3Config(), models.llama, COARSE),
+    Case("ia3-gpt2", IA3Config(), partial(models.gpt2, initializer_range=0.2)),
+    Case("ia3-encoder", IA3Config(target_modules=["self_attn", "out_proj", "linear1", "linear2"],
+                                  feedforward_modules=["linear2"]), models.encoder),
+    Case("ia3-groups", IA3Config(target_modules=["volume", "plane", "line"], feedforward_modules=["plane"]),
+         lambda: models.convolutions(groups=2)),
+    Case("ia3-embeddings", IA3Config(target_modules=["token", "inner"], feedforward_modules=["inner"]),
+         models.embeddings),
+    Case("ln_tuning", LNTuningConfig(), skips=REPLACES),
+    Case("ln_tuning-llama", LNTuningConfig(), models.llama, REPLACES | COARSE),
+    Case("ln_tuning-encoder", LNTuningConfig(), models.encoder, REPLACES),
+    Case("bitfit", BitFitConfig()),
+    Case("bitfit-bert", BitFitConfig(target_modules="attention"), partial(models.bert, initializer_range=0.2),
+         {"finite_differences": "the same shift of all keys shifts all scores of a query alike, which softmax drops"}),
+    Case("bitfit-encoder", BitFitConfig(), models.encoder),
+    Case("bitfit-convolutions", BitFitConfig(), models.convolutions),
+    lora("dora", use_dora=True, skips=DETACHED),
+    lora("dora-bias-dropout", use_dora=True, bias="all", lora_dropout=0.5, skips=DETACHED),
+    lora("dora-gpt2", partial(models.gpt2, initializer_range=0.2), use_dora=True, target_modules=["c_attn", "c_proj"],
+         skips=DETACHED),
+    lora("dora-encoder", models.encoder, use_dora=True, target_modules="all-linear", skips=DETACHED),
+    lora("dora-convolutions", models.convolutions, use_dora=True, target_modules=["volume", "plane", "line", "same"],
+         skips=DETACHED),
+    lora("dora-embeddings", models.embeddings, use_dora=True, target_modules=["token", "inner"], skips=DETACHED),
+    Case("vera", VeraConfig(r=6, target_modules=["first", "second"], bias="vera_only")),
+    Case("vera-seed", VeraConfig(r=6, target_modules=["first", "second"], save_projection=False, vera_dropout=0.5)),
+    Case("loha", LoHaConfig(r=2, alpha=3, target_modules=["first", "second"])),
+    Case("loha-gpt2", LoHaConfig(r=4, alpha=16), partial(models.gpt2, initializer_range=0.2)),
+    Case("loha-dropout", LoHaConfig(r=2, target_modules=["first", "second"], rank_dropout=0.3, module_dropout=0.01)),
+    Case("loha-convolutions", LoHaConfig(r=4, target_modules=["volume", "plane", "line", "same"],
+                                         use_effective_conv2d=True), partial(models.convolutions, groups=2)),
+    Case("loha-embeddings", LoHaConfig(r=4, target_modules=["token", "inner"]), models.embeddings),
+    Case("lokr", LoKrConfig(r=2, alpha=3, target_modules=["first", "second"])),
+    Case("lokr-low-rank", LoKrConfig(r=1, target_modules=["first", "second"], decompose_both=True, decompose_factor=3)),
+    Case("lokr-convolutions", LoKrConfig(r=1, target_modules=["volume", "plane", "line", "same"],
+                                         use_effective_conv2d=True), partial(models.convolutions, groups=2)),
+    Case("oft", OFTConfig(oft_block_size=0, r=1, target_modules=["first", "second"], bias="oft_only")),
+    Case("oft-cayley-gpt2", OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("oft-dropout", OFTConfig(oft_block_size=4, module_dropout=0.1), partial(models.gpt2, initializer_range=0.2)),
+    Case("oft-encoder", OFTConfig(oft_block_size=4, target_modules=["self_attn", "linear1"]), models.encoder),
+    Case("oft-convolutions", OFTConfig(oft_block_size=4, target_modules=["volume", "plane", "line"]),
+         partial(models.convolutions, groups=2)),
+    Case("oft-embeddings", OFTConfig(oft_block_size=3, target_modules=["token"]), models.embeddings),
+    Case("boft", BOFTConfig(boft_block_size=0, boft_block_num=1, target_modules=["first", "second"], bias="all")),
+    Case("boft-butterfly", BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("boft-convolutions", BOFTConfig(boft_block_size=6, target_modules=["volume", "plane", "line"]),
+         models.convolutions),
+    Case("hra", HRAConfig(r=2, target_modules=["first", "second"], bias="hra_only"), skips=PAIRS),
+    Case("hra-orthogonal", HRAConfig(r=2, apply_GS=True, target_modules=["first", "second"]),
+         skips={"identity": "W (I - 2 U U^T) is no identity for any U", "switch": "the second starts as no identity",
+                "trains_in_float32": "it is no identity at first"}),
+    Case("hra-convolutions", HRAConfig(r=4, target_modules=["volume", "plane", "line"]), models.convolutions, PAIRS),
+    Case("trainable_tokens", TrainableTokensConfig(token_indices=TOKENS), models.llama, COARSE),
+    Case("trainable_tokens-tied", TrainableTokensConfig(token_indices=TOKENS),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("trainable_tokens-linear", TrainableTokensConfig(token_indices=[2, 0], target_modules=["head"])),
+    lora("lora-tokens", partial(models.gpt2, initializer_range=0.2), target_modules=["c_attn"],
+         trainable_token_indices=TOKENS),
+    lora("lora-pissa", init_lora_weights="pissa", lora_dropout=0.1, skips={"identity": "dropout hides parts of W"}),
+    lora("lora-olora-dora", init_lora_weights="olora", use_dora=True, skips=DETACHED | {
+        "identity": "the rows' length is that of W - B0 A0 + B A, W's up to rounding",
+        "switch": "W's up to rounding, as said",
+        "trains_in_float32": "W's up to rounding, as said"}),
+    lora("lora-orthogonal", init_lora_weights="orthogonal", skips={
+        "identity": "B A is zero up to rounding", "switch": "zero up to rounding, as said",
+        "trains_in_float32": "zero up to rounding, as said"}),
+    Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
     virtual("prompt_tuning", PromptTuningConfig),
     virtual("prompt_tuning-sampled", PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"),
     virtual("prompt_tuning-bert", PromptTuningConfig, models.bert, task_type="SEQ_CLS"),
@@ -452,8 +574,8 @@ def two_active_adapters_nest(case: Case) -> None:
     run(model, inputs)
     checked = 0
     for site, args, kwargs, got in calls:
-        if isinstance(site, sites.ReadSite):
-            continue  # merging checks those
+        if isinstance(site, sites.ReadSite | sites.InputSite):
+            continue  # merging checks the former; the latter take many arguments
         keyword = next(iter(kwargs)) if not args else None
         first = kwargs.pop(keyword) if keyword else args[0]
         rest, a, b = args[1:], site.adapters["default"], site.adapters["second"]

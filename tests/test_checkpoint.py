@@ -384,7 +384,7 @@ def test_the_folder_of_a_whole_model(tmp_path: Path) -> None:
         ('{"peft_type": "LORA", "rr": 8}', "LoraConfig has no setting 'rr'. Did you mean 'r'?"),
         ('{"peft_type": "LORA", "r": "eight"}', "r='eight': "),
         ('{"peft_type": "LORA", "bias": "some"}', "bias='some': "),
-        ('{"peft_type": "LORA", "init_lora_weights": "pissa"}', "init_lora_weights='pissa': "),
+        ('{"peft_type": "LORA", "init_lora_weights": "spectral"}', "init_lora_weights='spectral'"),
     ],
 )
 def test_configs_that_cannot_be_read(text: str, reason: str, folder: Path) -> None:
@@ -401,8 +401,8 @@ def test_a_config_that_is_not_text(folder: Path) -> None:
 
 
 HF_ONLY = {
-    "use_dora": True, "lora_bias": True, "use_qalora": True, "ensure_weight_tying": True, "layer_replication": [[0, 2]],
-    "trainable_token_indices": [1], "target_parameters": ["experts.weight"], "alora_invocation_tokens": [1, 2],
+    "lora_bias": True, "use_qalora": True, "ensure_weight_tying": True, "layer_replication": [[0, 2]],
+    "target_parameters": ["experts.weight"], "alora_invocation_tokens": [1, 2],
     "loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 2.0}, "corda_config": {}, "megatron_config": {},
     "arrow_config": {}, "use_bdlora": {}, "kasa_config": {}, "velora_config": {}, "monteclora_config": {},
     "lora_ga_config": {}, "qalora_group_size": 32, "megatron_core": "other.core",

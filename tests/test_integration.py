@@ -15,7 +15,7 @@ from battery import close, far, is_adapter, loss, run, same_bits
 from models import Tiny, output, randomise
 from torch import Tensor, nn
 
-from trimtab import AdapterError, LoraConfig, MergeError, PeftModel, TargetError, get_peft_model
+from trimtab import AdapterError, LoraConfig, PeftModel, get_peft_model
 
 SHAPES = {name: models.TRANSFORMERS[name] for name in ("llama", "bert", "t5", "vit", "gpt2")}
 EVERY_SHAPE = pytest.mark.parametrize("build", SHAPES.values(), ids=SHAPES)
@@ -325,90 +325,6 @@ def test_inference_mode(build: Callable[..., Tiny]) -> None:
     assert result.is_inference()
     assert same_bits(result.clone(), active)
     all_close(gradients(model, inputs), expected)  # nothing of it stuck to the model
-
-
-# accelerate's hooks, as every model on several devices has them (`device_map`): they replace forward on the instance
-
-
-def hooked(build: Callable[..., Tiny]) -> Tiny:
-    from accelerate import dispatch_model
-
-    tiny = build()
-    dispatch_model(tiny.model, {"": "cpu"}, force_hooks=True)
-    return tiny
-
-
-@EVERY_SHAPE
-def test_adapters_act_under_hooks(build: Callable[..., Tiny]) -> None:
-    from accelerate.hooks import remove_hook_from_submodules
-
-    expected = run(*attach(build()))
-    tiny = hooked(build)
-    before = run(*tiny)
-    model, inputs = attach(tiny)
-    assert same_bits(run(model, inputs), expected)
-    gradients(model, inputs)
-    remove_hook_from_submodules(model)  # which leaves the bound forward on the instance
-    assert same_bits(run(model, inputs), expected)
-    second(model)
-    model.set_adapter("second")
-    far(run(model, inputs), expected)
-    model.delete_adapter("default")
-    assert same_bits(run(model.unload(), inputs), before)
-    assert same_bits(run(*attach(tiny)), expected)
-
-
-def test_hooks_survive_detaching() -> None:
-    model, inputs = attach(hooked(models.llama))
-    active = run(model, inputs)
-    close(run(model.merge_and_unload(), inputs), active)
-    assert all(hasattr(module, "_hf_hook") for module in (model, model.model.layers[0].self_attn.q_proj))
-    after: list[Any] = []
-    model.model.layers[0].self_attn.q_proj._hf_hook.pre_forward = lambda module, *args, **kwargs: (
-        after.append(module) or (args, kwargs)
-    )
-    run(model, inputs)
-    assert after == [model.model.layers[0].self_attn.q_proj]
-
-
-def test_adapters_on_an_offloaded_model(tmp_path: Path) -> None:
-    """Its weights are on the meta device between calls, and PyTorch multiplies by meta tensors without complaint."""
-    from accelerate import cpu_offload
-
-    whole, inputs = attach(models.llama())
-    expected = run(whole, inputs)
-    whole.save_pretrained(tmp_path)
-    model = models.llama().model
-    cpu_offload(model, "cpu")
-    with pytest.raises(TargetError, match="norm is offloaded"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
-    attach(Tiny(model, inputs))
-    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
-    assert same_bits(run(model, inputs), expected)
-    gradients(model, inputs)
-    for verb in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj: .* is offloaded"):
-            verb()
-    model.load_adapter(tmp_path, "loaded")
-    model.set_adapter("loaded")
-    assert same_bits(run(model, inputs), expected)
-    close(run(model.unload(), inputs), run(models.llama().model, inputs))
-
-
-def test_a_patched_forward_is_refused() -> None:
-    """The adapter would never be called. Patching after attaching is fine: the patch then calls it."""
-    model, inputs = models.llama()
-    layer = model.model.layers[0].self_attn.q_proj
-    layer.forward = lambda x: nn.functional.linear(x, layer.weight)
-    with pytest.raises(TargetError, match=r"layers\.0\.self_attn\.q_proj has a forward of its own"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    assert not isinstance(model, PeftModel)
-    del layer.forward
-    model, _ = attach(Tiny(model, inputs), ["q_proj"])
-    expected = run(model, inputs)
-    own = layer.forward
-    layer.forward = lambda x: own(x)
-    assert same_bits(run(model, inputs), expected)
 
 
 # transformers has methods for adapters of HF PEFT; on a model with ours they would do nothing, or not what they say

@@ -273,6 +273,8 @@ def test_a_saved_adapter_literally(tmp_path: Path) -> None:
     "value"
   ],
   "task_type": "SEQ_CLS",
+  "trainable_token_indices": null,
+  "use_dora": false,
   "use_rslora": false
 }
 """

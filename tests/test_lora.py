@@ -35,7 +35,9 @@ def adapted(layer: nn.Module, **settings: Any) -> tuple[Any, Tensor, Tensor]:
     model = get_peft_model(One(layer).eval(), LoraConfig(**settings))
     randomise(model)
     adapter = model.layer.adapters["default"]
-    return model, adapter.A.detach().to(X), adapter.B.detach().to(X)
+    ones = [1] * (adapter.A.dim() - 2)  # HF PEFT's B is a convolution with kernel 1
+    assert adapter.B.shape[2:] == torch.Size(ones)
+    return model, adapter.A.detach().to(X), adapter.B.detach().flatten(1).to(X)
 
 
 @pytest.fixture(autouse=True)

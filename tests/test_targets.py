@@ -311,10 +311,10 @@ def test_assigning_a_wrong_value_later_is_caught_as_well() -> None:
 
 def test_settings_that_only_hf_peft_has() -> None:
     """Asking for them is an error; switching them off, as its saved files do, is not."""
-    for setting in ({"use_dora": True}, {"loftq_config": {"bits": 4}}, {"layer_replication": [(0, 1)]}):
+    for setting in ({"use_qalora": True}, {"loftq_config": {"bits": 4}}, {"layer_replication": [(0, 1)]}):
         with pytest.raises(ConfigError, match=rf"^{next(iter(setting))} is a setting of HF PEFT's LoraConfig"):
             LoraConfig(**setting)
-    assert LoraConfig(use_dora=False, loftq_config={}, layer_replication=None, eva_config=None) == LoraConfig()
+    assert LoraConfig(use_qalora=False, loftq_config={}, layer_replication=None, eva_config=None) == LoraConfig()
 
 
 def test_every_setting_of_hf_peft_is_known() -> None:

@@ -106,6 +106,16 @@ def test_a_saved_adapter_that_predicts_otherwise_is_an_error(recipe: Path, monke
         train(changed(recipe), silent)
 
 
+def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Path) -> None:
+    """Adam would hide a wrong scale; plain descent shows it."""
+    sums = ["training.optim=sgd", "training.warmup_steps=0"]
+    whole = saved(train(changed(recipe, *sums, "training.batch_size=6"), silent).folder)
+    parts = ["training.batch_size=2", "training.gradient_accumulation_steps=3", "output=parts"]
+    split = saved(train(changed(recipe, *sums, *parts), silent).folder)
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_training_passes_its_own_check(recipe: Path) -> None:
     assert train(changed(recipe, "training.bf16=true"), silent).metrics["steps"] == 6
 

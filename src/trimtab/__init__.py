@@ -24,10 +24,24 @@ from .errors import (
 )
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .merge import QuantizedMergeWarning
+from .methods.adalora import AdaLoraConfig
+from .methods.bitfit import BitFitConfig
+from .methods.boft import BOFTConfig
+from .methods.bottleneck import BottleneckConfig
+from .methods.compacter import CompacterConfig
+from .methods.hra import HRAConfig
+from .methods.ia3 import IA3Config
+from .methods.ln_tuning import LNTuningConfig
+from .methods.loha import LoHaConfig
+from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
+from .methods.loreft import LoReftConfig
+from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.trainable_tokens import TrainableTokensConfig
+from .methods.vera import VeraConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
 from .tokens import nearest_tokens
@@ -38,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoraConfig",
     "Adapter",
     "AdapterError",
     "AutoPeftModel",
@@ -47,12 +62,23 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
+    "BitFitConfig",
+    "BottleneckConfig",
     "CheckpointError",
+    "CompacterConfig",
     "ConfigError",
     "DataError",
+    "HRAConfig",
+    "IA3Config",
     "InputAdapter",
+    "LNTuningConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoReftConfig",
     "LoraConfig",
     "MergeError",
+    "OFTConfig",
     "PartialTargetWarning",
     "PeftConfig",
     "PeftModel",
@@ -65,8 +91,10 @@ __all__ = [
     "RecipeError",
     "TargetError",
     "TaskType",
+    "TrainableTokensConfig",
     "Trainer",
     "TrimtabError",
+    "VeraConfig",
     "get_peft_model",
     "nearest_tokens",
     "prepare_model_for_int8_training",

@@ -5,7 +5,7 @@ Methods that change what goes into the model as a whole give an `InputAdapter`, 
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import files, weights
 from .errors import CheckpointError, ConfigError, MergeError, did_you_mean
@@ -54,8 +55,10 @@ class Adapter(nn.Module):
     replacement: nn.Module | None
     dropout: float = 0.0  # probability; 0 where the method has none
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
-    hf_computed: ClassVar[tuple[str, ...]] = ()  # the keys of `computed`
     hf_wraps: ClassVar[bool] = True  # HF PEFT puts the site of such an adapter into a `base_layer`
+    hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
+    hf_computed: ClassVar[tuple[str, ...]] = ()  # the keys of `computed`
+    not_merged: ClassVar[str] = "it is no linear map of its input"  # the reason, where `merged` is not given
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +78,8 @@ class Adapter(nn.Module):
         Raises:
             MergeError: the method is no linear map of the input, or not with one weight.
         """
-        raise MergeError(f"{type(self).__name__} cannot be folded into a weight. Keep the adapter attached instead.")
+        raise MergeError(f"{type(self).__name__} cannot be folded into a weight: {self.not_merged}. "
+                         "Keep the adapter attached instead.")  # fmt: skip
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         """The bias (out,) with this adapter folded in."""
@@ -84,10 +88,6 @@ class Adapter(nn.Module):
     def hf_key(self, name: str) -> str:
         """The end of the key under which HF PEFT saves the parameter `name` of this adapter."""
         return self.hf_names.get(name, name)
-
-    def hf_shape(self, name: str, value: Tensor) -> tuple[int, ...]:
-        """The shape in which HF PEFT saves it: that of ours, or one that is read in the same order."""
-        return tuple(value.shape)
 
     def computed(self) -> dict[str, Tensor]:
         """What HF PEFT's file holds that is no parameter here but follows from them; not read back."""
@@ -108,7 +108,7 @@ class InputAdapter(Adapter):
     Its keys in HF PEFT's files are whole keys, without a module's name.
     """
 
-    hf_wraps: ClassVar[bool] = False
+    looks_only: ClassVar[bool] = False  # it changes nothing, so it can act beside others
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments in place of `given`. Must return new ones, never change `given` in place."""
@@ -136,9 +136,11 @@ class TrainedCopy(Adapter):
 
     replacement: nn.Module
 
-    def __init__(self, replacement: nn.Module) -> None:
+    def __init__(self, replacement: nn.Module, hf_path: str = "") -> None:
+        """hf_path: where in an adapted module HF PEFT keeps the copy."""
         super().__init__()
         self.replacement = replacement
+        self.hf_path = hf_path
         for parameter in replacement.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(weights.master_dtype(parameter.dtype))
@@ -150,13 +152,13 @@ class TrainedCopy(Adapter):
         return _cast(y, weights.compute_dtype(site))
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
-        return weights.read(self.replacement)
+        return weights.read(self.replacement) if weights.layout(site) else self.replacement.weight  # type: ignore[return-value]
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else self.replacement.bias  # type: ignore[return-value]
 
     def hf_key(self, name: str) -> str:
-        return name.removeprefix("replacement.")
+        return self.hf_path + name.removeprefix("replacement.")
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -175,6 +177,10 @@ class PeftConfig(BaseModel, ABC):
     hf_root: ClassVar[str] = "base_model.model."  # what HF PEFT puts before a module's name
     hf_prefix: ClassVar[str] = ""  # with which HF PEFT's names of this method's weights begin
     hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's keywords not offered here -> the value that switches them off
+    example: ClassVar[dict[str, Any]] = {}  # settings without which the method's example would not run
+    about: ClassVar[str] = ""  # when to use it, its strengths and weaknesses, for the table of methods
+    found_in_training: ClassVar[frozenset[str]] = frozenset()  # settings that training writes, loaded with the weights
+    not_in_hf: ClassVar[frozenset[str]] = frozenset()  # keywords HF PEFT lacks: left out of the file while None
 
     task_type: TaskType | None = None
     base_model_name_or_path: str | None = None
@@ -210,8 +216,28 @@ class PeftConfig(BaseModel, ABC):
             TargetError: nothing matches, or a matching module cannot be adapted.
         """
 
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """A term to add to the loss in training, or None. `adapters` are this config's, by module name."""
+        return None
+
+    def stepped(self, adapters: Mapping[str, Adapter], optimizer: Optimizer) -> None:
+        """What is done after each step of the optimizer that trains these adapters, while gradients are still there.
+
+        What must outlast an interruption belongs into `optimizer.state`, which is saved and resumed.
+        """
+
+    def packed(self, path: str, entry: str, value: Tensor) -> Tensor:
+        """What a file holds of the entry of the adapter at a module: by default all of it."""
+        return value
+
+    def unpacked(self, path: str, entry: str, value: Tensor, into: Tensor) -> Tensor:
+        """The entry, from what a file holds of it; `into` is what is there now, and must not be changed."""
+        return value
+
     def to_dict(self) -> dict[str, Any]:
-        return {"peft_type": self.peft_type, **self.model_dump(mode="json")}
+        settings = self.model_dump(mode="json")
+        kept = {key: value for key, value in settings.items() if value is not None or key not in self.not_in_hf}
+        return {"peft_type": self.peft_type, **kept}
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

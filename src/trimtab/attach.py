@@ -30,7 +30,9 @@ class Trunk:
         return {path: cast(Adapter, adapters[name]) for path, adapters in there.items() if name in adapters}
 
     def changes_input(self, name: str) -> bool:
-        return any(isinstance(adapter, InputAdapter) for adapter in self.adapters(name).values())
+        return any(
+            isinstance(adapter, InputAdapter) and not adapter.looks_only for adapter in self.adapters(name).values()
+        )
 
 
 def trunk(model: nn.Module) -> Trunk:

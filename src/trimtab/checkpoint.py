@@ -31,11 +31,10 @@ def save(
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is a file; an adapter is saved to a folder.")
-    config = own.configs[name]
-    tensors = hf_format.state(own.adapters(name), values, name, config.hf_root)
+    config = own.configs[name].model_copy(update={"inference_mode": True})
+    tensors = hf_format.state(config, own.adapters(name), values, name)
     if not write:
         return
-    config = config.model_copy(update={"inference_mode": True})
     metadata = {"format": "pt", "base_model_class": type(model).__name__, "base_model_type": _model_type(model)}
     files.commit(
         Path(folder),
@@ -62,7 +61,7 @@ def load(model: nn.Module, folder: str | Path, name: str, config: PeftConfig | N
             made = attach.plan(model, config, name)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"The adapter in {folder} does not fit {type(model).__name__}: {error}") from None
-    _fill(model, made.adapters, tensors, where, config.hf_root)
+    _fill(model, made.config, made.adapters, tensors, where)
     attach.install(model, made)
 
 
@@ -76,7 +75,14 @@ def load_weights(model: nn.Module, folder: str | Path, name: str) -> None:
     if name not in own.configs:
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     where = _weights(folder)
-    _fill(model, own.adapters(name), _read(where, model), where, own.configs[name].hf_root)
+    found = PeftConfig.from_pretrained(folder)
+    config = own.configs[name]
+    if type(found) is not type(config):
+        raise CheckpointError(f"{folder} holds {found.peft_type}; the adapter {name!r} is {config.peft_type}.")
+    update = {setting: getattr(found, setting) for setting in config.found_in_training}
+    config = config.model_copy(update=update)
+    _fill(model, config, own.adapters(name), _read(where, model), where)
+    own.configs[name] = config
 
 
 def _read(where: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -94,31 +100,36 @@ def _read(where: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fill(
-    model: nn.Module, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], where: Path, root: str
+    model: nn.Module, config: PeftConfig, adapters: Mapping[str, Adapter], tensors: dict[str, Tensor], where: Path
 ) -> None:
-    """Put what was read into the adapters, after checking that its keys and shapes are exactly theirs."""
+    """Put what was read into this config's adapters, after checking that its keys and shapes are exactly theirs."""
     for adapter in adapters.values():
         adapter.expect(tensors)
+    root = config.hf_root
     keys = hf_format.keys(adapters, root)
     computed = {key for adapter in adapters.values() for key in adapter.hf_computed}
-    wanted = {key: hf_format.shape(adapters[path], entry) for key, (path, entry) in keys.items()}
-    missing = [key for key in wanted if key not in tensors]
-    others = [key for key in tensors if key not in wanted and key not in computed]
+    missing = [key for key in keys.values() if key not in tensors]
+    others = [key for key in tensors if key not in keys.values() and key not in computed]
     extra = [key for key in others if not _is_said_elsewhere(key, tensors, model, root)]
-    shapes = {key: (tuple(tensors[key].shape), wanted[key]) for key in wanted if key in tensors}
-    wrong = [f"{key} is {a} in the file, {b} here" for key, (a, b) in shapes.items() if a != b]
+    wrong = []
+    for (path, entry), key in keys.items():
+        if key in tensors:
+            here = adapters[path].state_dict()[entry]
+            tensors[key] = config.unpacked(path, entry, tensors[key], here)
+            a, b = tuple(tensors[key].shape), tuple(here.shape)
+            wrong += [f"{key} is {a} in the file, {b} here"] if a != b else []
     problems = {"Missing": missing, "Unexpected": extra, "Of the wrong shape": wrong}
     if any(problems.values()):
         listed = "\n".join(f"{what}: {'; '.join(found)}" for what, found in problems.items() if found)
         raise CheckpointError(f"{where} does not fit this {type(model).__name__}. Nothing was changed.\n{listed}")
     modules = dict(model.named_modules())
     for path, adapter in adapters.items():
-        own = {entry: key for key, (at, entry) in keys.items() if at == path}
+        own = {entry: key for (at, entry), key in keys.items() if at == path}
         state = adapter.state_dict()
         # A base on the meta device has no data yet; the adapter has, and keeps it on the CPU until it is moved.
         device = torch.device("cpu") if weights.device(modules[path]).type == "meta" else weights.device(modules[path])
         for entry, key in own.items():
-            state[entry] = tensors[key].view(state[entry].shape).to(device, state[entry].dtype)
+            state[entry] = tensors[key].to(device, state[entry].dtype)
         adapter.load_state_dict(state, assign=any(value.is_meta for value in adapter.state_dict().values()))
 
 

@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from . import weights
-from .adapter import Adapter, InputAdapter
+from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import CheckpointError
 
 
-def keys(adapters: Mapping[str, Adapter], root: str) -> dict[str, tuple[str, str]]:
-    """HF PEFT's key of each entry of the adapters' state -> (module name, entry name)."""
-    found: dict[str, tuple[str, str]] = {}
+def keys(adapters: Mapping[str, Adapter], root: str) -> dict[tuple[str, str], str]:
+    """(module name, entry of its adapter) -> HF PEFT's key. What adapters share has one key, so it is saved once."""
+    found: dict[tuple[str, str], str] = {}
+    owner: dict[int, str] = {}  # of an adapter that several sites share, the first
     for path, adapter in adapters.items():
-        before = "" if isinstance(adapter, InputAdapter) else f"{root}{_path(path, adapters)}."
-        found |= {before + adapter.hf_key(name): (path, name) for name in adapter.state_dict()}
+        at = owner.setdefault(id(adapter), path)
+        before = "" if isinstance(adapter, InputAdapter) else f"{root}{_path(at, adapters)}."
+        for name in adapter.state_dict():
+            found[path, name] = adapter.hf_shared.get(name) or before + adapter.hf_key(name)
     return found
 
 
@@ -31,40 +34,39 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
     for depth, part in enumerate(parts, 1):
         written.append(part)
         outer = adapters.get(".".join(parts[:depth])) if depth < len(parts) else None
-        if outer is not None and outer.hf_wraps:
+        if outer is not None and outer.hf_wraps and not isinstance(outer, InputAdapter):
             written.append("base_layer")
     return ".".join(written)
 
 
 def state(
-    adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str, root: str
+    config: PeftConfig, adapters: Mapping[str, Adapter], values: Mapping[str, Tensor] | None, name: str
 ) -> dict[str, Tensor]:
     """The adapters' weights under HF PEFT's keys, taken from `values` (a state dict of the model) where given.
 
     Raises:
         CheckpointError: a weight that `values` lacks.
     """
-    found = {}
-    for key, (path, entry) in keys(adapters, root).items():
+    found: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for (path, entry), key in keys(adapters, config.hf_root).items():
+        if key in found:
+            continue
         full = f"{path}.adapters.{name}.{entry}".removeprefix(".")
         if values is not None and full not in values:
             raise CheckpointError(f"state_dict lacks {full}. Give the state dict of the whole model.")
         tensor = adapters[path].state_dict()[entry] if values is None else values[full]
         gather = getattr(tensor, "full_tensor", None)  # sharded by FSDP2
-        tensor = (gather() if gather else tensor).detach().cpu()
-        found[key] = tensor.reshape(adapters[path].hf_shape(entry, tensor)).contiguous()
+        whole = config.packed(path, entry, gather() if gather else tensor).detach().cpu().contiguous()
+        found[key] = whole.clone() if whole.data_ptr() in stored else whole  # safetensors writes no storage twice
+        stored.add(whole.data_ptr())
     for path, adapter in adapters.items():
         if adapter.hf_computed:
-            own = {entry: found[key] for key, (_, entry) in keys({path: adapter}, root).items()}
-            whole = copy.deepcopy(adapter).cpu()
-            whole.load_state_dict(own, assign=True)
-            found |= {key: tensor.detach().contiguous() for key, tensor in whole.computed().items()}
+            own = {entry: found[key] for (_, entry), key in keys({path: adapter}, config.hf_root).items()}
+            copied = copy.deepcopy(adapter).cpu()
+            copied.load_state_dict(own, assign=True)
+            found |= {key: value.detach().contiguous() for key, value in copied.computed().items()}
     return found
-
-
-def shape(adapter: Adapter, entry: str) -> tuple[int, ...]:
-    """The shape of an entry of the adapter's state in the file."""
-    return adapter.hf_shape(entry, adapter.state_dict()[entry])
 
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:

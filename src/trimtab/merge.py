@@ -6,7 +6,7 @@ subtracting a delta drifts), ties between weights, and quantized storage.
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -51,6 +51,7 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False) 
     except BaseException:
         _restore(own)
         raise
+    _tie_again(folded.values())
     own.active.merged = chosen
     if quantized := [path for path, site in folded.items() if weights.is_quantized(site)]:
         warn(
@@ -111,6 +112,9 @@ def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
     if not others:
         return
     shape = weights.layout(site)
+    for adapter in others:
+        if type(adapter).merged is Adapter.merged:  # asked here too, for sites that have no weight to ask it with
+            adapter.merged(site, torch.empty(0))
     bias_name = shape.bias if shape else "bias"
     bias = site._parameters.get(bias_name)
     with torch.no_grad():
@@ -123,6 +127,19 @@ def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
         weights.write(site, weight)
     if new_bias is not None and new_bias is not bias:
         site._parameters[bias_name] = nn.Parameter(new_bias, requires_grad=False)
+
+
+def _tie_again(folded: Iterable[AnySite]) -> None:
+    """Let weights that were one parameter before be one again where the same was folded into them."""
+    merged: dict[int, nn.Parameter] = {}
+    for site in folded:
+        for name, before in vars(site)["_kept"]["_parameters"].items():
+            now = site._parameters.get(name)
+            if before is None or now is None or now is before:
+                continue
+            first = merged.setdefault(id(before), now)
+            if first is not now and first.shape == now.shape and torch.equal(first, now):
+                site._parameters[name] = first
 
 
 def _parts(site: nn.Module) -> dict[str, Any]:

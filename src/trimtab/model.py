@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from . import attach, checkpoint, files, hf_format, merge, sites, weights
+from . import attach, checkpoint, files, hf_format, learning, merge, sites, weights
 from .adapter import PeftConfig
 from .attach import trunk
 from .errors import AdapterError, CheckpointError, did_you_mean
@@ -67,6 +67,7 @@ def _named(config: PeftConfig, model: nn.Module) -> PeftConfig:
 def _become_peft_model(model: nn.Module) -> None:
     if not isinstance(model, PeftModel):
         sites.swap_in(model, PeftModel)
+    learning.listen(model)
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,9 @@ class PeftModel(sites.Swapped, nn.Module):
         own, name = trunk(self), self.active_adapter if adapter_name is None else adapter_name
         if name not in own.configs:
             raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
-        root = own.configs[name].hf_root
-        saved = hf_format.state(own.adapters(name), state_dict, name, root)
-        return {key.removeprefix(root): value for key, value in saved.items()}
+        config = own.configs[name]
+        saved = hf_format.state(config, own.adapters(name), state_dict, name)
+        return {key.removeprefix(config.hf_root): value for key, value in saved.items()}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (the active ones by default) into the base's weights until `unmerge_adapter`."""
@@ -241,6 +242,7 @@ class PeftModel(sites.Swapped, nn.Module):
     def merge_and_unload(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
         """Fold adapters in for good and remove them: the plain model with new weights (the same object)."""
         merge.merge_and_detach(self, adapter_names, safe_merge)
+        learning.stop(self)
         sites.swap_out(self, PeftModel)
         return self
 
@@ -249,12 +251,21 @@ class PeftModel(sites.Swapped, nn.Module):
         if trunk(self).active.merged:
             merge.unmerge(self)
         attach.detach(self)
+        learning.stop(self)
         sites.swap_out(self, PeftModel)
         return self
 
     def get_base_model(self) -> nn.Module:
         """This very object: adapters live inside the base model, there is no wrapper to take off."""
         return self
+
+    def penalty(self) -> Tensor | None:
+        """What the adapters in training add to the loss, for loops that compute it themselves; None mostly.
+
+        A loss that the model returns contains it already, in training mode.
+        """
+        found = learning.listener(self)
+        return found.penalty() if found else None
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable parameters and of all parameters, adapters included."""

@@ -82,8 +82,7 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return mixed(self, *args, **kwargs)
 
-        arguments = tuple(inspect.signature(original.forward).parameters)[1:]
-        namespace |= {"forward": forward, "_arguments": arguments}
+        namespace |= {"forward": forward, "_arguments": tuple(inspect.signature(original.forward).parameters)[1:]}
     namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
 
@@ -142,8 +141,7 @@ class Site(AnySite):
         if not stack:
             return call(*args, **kwargs)
         # By keyword the input is the first parameter, or where that is left out whatever is given.
-        first = next(iter(self._arguments), "")
-        name = first if first in kwargs else next(iter(kwargs), None)
+        name = next((name for name in (*self._arguments[:1], *kwargs) if name in kwargs), None)
         x = args[0] if args else kwargs.pop(name) if name else None
         for adapter in stack:
             if adapter.replacement is not None:
@@ -206,9 +204,10 @@ def fold_weight(site: nn.Module, stored: Tensor | None, adapters: list[Adapter])
 
 
 def fold_bias(site: nn.Module, stored: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
+    folded = stored
     for adapter in adapters:
-        stored = adapter.merged_bias(site, stored)
-    return stored
+        folded = adapter.merged_bias(site, folded)
+    return folded if stored is None or folded is None else folded.to(stored.dtype)
 
 
 def folded_weight(site: nn.Module, adapters: list[Adapter]) -> Tensor:
@@ -247,14 +246,18 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
         raise TargetError(f"modules_to_save: {name} takes the virtual tokens of another adapter. Save parts of it.")
     if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
         raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
+    if isinstance(adapter, InputAdapter):
+        return
     if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented":
         raise TargetError(f"{name} is a {type(module).__name__}, which is never called. Name the modules inside it.")
     if "forward" in vars(module) and not any(_is_own(module, name) for name in FORWARDS):
         raise TargetError(f"{name} has a forward of its own instead of its class's: patch it after attaching adapters.")
+    if weights.is_sharded(module):
+        raise TargetError(f"{name} is sharded, and the new adapter would not be. Attach adapters before sharding.")
     meta = torch.get_default_device().type != "meta" and any(value.is_meta for value in adapter.parameters())
     if (meta or adapter.replacement is not None) and any(weights.is_offloaded(part) for part in module.modules()):
         raise TargetError(f"{name} is offloaded, so there are no values to train a copy of. Load the model whole.")
-    if isinstance(adapter, InputAdapter) or not is_read(module, parent):
+    if not is_read(module, parent):
         return
     rule = f"{name} is never called: {type(parent or module).__name__} reads its weight. So an adapter must be foldable"
     if type(adapter).merged is Adapter.merged:

@@ -76,6 +76,13 @@ def matches(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
+def means(entries: list[str] | str, name: str) -> bool:
+    """Whether a setting means this module: as a list of names, or as a regular expression for the full name."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(matches(entry, name) for entry in entries)
+
+
 class SavedModulesConfig(PeftConfig):
     """Settings of the methods beside which whole modules can be trained.
 
@@ -148,9 +155,9 @@ class TargetConfig(SavedModulesConfig):
             raise ConfigError("target_modules is a regular expression: write the layers into it, not beside it.")
         config = super().resolved(model)
         if self.target_modules is None:
-            return config.model_copy(update={"target_modules": list(_default(model))})
+            return config.model_copy(update={"target_modules": self.default_targets(model)})
         if self.target_modules == ALL_LINEAR:
-            found = _compact(self._all_linear(model, config.modules_to_save or []), model)
+            found = compact(self._all_linear(model, config.modules_to_save or []), model)
             return config.model_copy(update={"target_modules": found})
         return config
 
@@ -179,6 +186,10 @@ class TargetConfig(SavedModulesConfig):
                     f"Name its layers instead.{did_you_mean(name, (n for n, m in modules.items() if self.fits(m)))}"
                 )
         return {name: modules[name] for name in found}
+
+    def default_targets(self, model: nn.Module) -> list[str]:
+        """What target_modules=None means; unless a method says otherwise, attention's query and value."""
+        return list(_default(model))
 
     def fits(self, module: nn.Module) -> bool:
         """Whether this method can adapt such a module; by default every layer with one weight."""
@@ -220,6 +231,17 @@ class TargetConfig(SavedModulesConfig):
         return [name for name in found if number.get(name) in wanted]
 
 
+def shared(made: dict[str, Adapter]) -> dict[str, Adapter]:
+    """One adapter, the first, for all sites whose names differ in numbers only and whose adapters have its shapes."""
+    first: dict[Any, Adapter] = {}
+    found = {}
+    for path, adapter in made.items():
+        shapes = tuple((name, value.shape) for name, value in adapter.named_parameters())
+        kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", path)  # whole parts of the name
+        found[path] = adapter if adapter.replacement is not None else first.setdefault((kind, shapes), adapter)
+    return found
+
+
 def check_patterns(setting: str, keys: Iterable[str], names: Iterable[str]) -> None:
     """Raise a ConfigError if a key of rank_pattern or the like means none of these modules."""
     names = list(names)
@@ -255,18 +277,18 @@ def _select(
     modules: dict[str, nn.Module],
     setting: str,
     model: nn.Module,
-    means: Callable[[str, str], bool] = matches,
+    alike: Callable[[str, str], bool] = matches,
 ) -> list[str]:
     """The names a setting means, in the model's order."""
     if isinstance(wanted, str):
         try:
-            found = [name for name in modules if re.fullmatch(wanted, name)]
+            found = [name for name in modules if means(wanted, name)]
         except re.error as error:
             raise ConfigError(f"{setting}={wanted!r} is no regular expression: {error}.") from None
         unmatched = [] if found else [wanted]
     else:
-        found = [name for name in modules if any(means(entry, name) for entry in wanted)]
-        unmatched = [entry for entry in wanted if not any(means(entry, name) for name in found)]
+        found = [name for name in modules if any(alike(entry, name) for entry in wanted)]
+        unmatched = [entry for entry in wanted if not any(alike(entry, name) for name in found)]
     if not found:
         hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, modules)))
         offer = f" Closest: {', '.join(hints)}." if hints else ""
@@ -295,8 +317,8 @@ def _default(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _compact(names: list[str], model: nn.Module) -> list[str]:
+def compact(names: list[str], model: nn.Module) -> list[str]:
     """The last parts of the names where they say the same, else the names."""
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = [name for name, _ in base_modules(model) if any(matches(end, name) for end in ends)]
+    meant = [name for name, _ in base_modules(model) if means(ends, name)]
     return ends if meant == names and not any(end.isdigit() for end in ends) else names

@@ -106,6 +106,9 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
         compute_metrics=task.metrics,
         callbacks=[_Guard(), *callbacks],
     )
+    # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the number of
+    # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
+    trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(transformers.PrinterCallback)
     held_out = {split: found for split, found in rows.items() if split != "train"}
     before = {split: _scores(trainer, found) for split, found in held_out.items()}

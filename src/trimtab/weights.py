@@ -89,6 +89,11 @@ def is_offloaded(module: nn.Module) -> bool:
     return stored is not None and stored.is_meta and hasattr(module, "_hf_hook")
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a part of some weight (FSDP2's `fully_shard`, tensor parallelism)."""
+    return any(hasattr(stored, "full_tensor") for stored in module.parameters())
+
+
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The floating-point type the layer works in; float32 where a packed weight does not tell."""
     stored = parameter(module)
@@ -110,6 +115,8 @@ def read(module: nn.Module) -> Tensor:
     weight = module._parameters.get(shape.weight if shape else "weight")
     if weight is None:
         raise MergeError(f"The weight of {type(module).__name__} cannot be read: it is stored in an unknown format.")
+    if is_sharded(module):
+        raise MergeError(f"The weight of {type(module).__name__} is sharded. Save the adapter and merge it unsharded.")
     if is_offloaded(module):
         raise MergeError(f"The weight of {type(module).__name__} is offloaded. Load the model whole to merge into it.")
     kind = type(weight).__name__
@@ -157,8 +164,8 @@ def linear(site: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """The site's own map with another weight (n, in, *kernel) in place of its own, and no bias.
 
     For linear layers x (..., in) -> (..., n), for embeddings ids (...) -> (..., n), for convolutions
-    (B, in, ...) -> (B, n, ...), batched or not, with the site's stride, padding and dilation. Grouping is not
-    applied: the n rows see all inputs.
+    (B, in, ...) -> (B, n, ...), batched or not, with the site's stride, padding and dilation. A weight
+    (n, in / groups, *kernel) is grouped as the site's own is; with (n, in, *kernel) the n rows see all inputs.
     """
     if isinstance(site, nn.Embedding):
         found = F.embedding(x, weight.T, site.padding_idx)
@@ -172,7 +179,9 @@ def _convolve(site: Any, x: Tensor, weight: Tensor) -> Tensor:
     padding = site.padding
     if site.padding_mode != "zeros":
         x, padding = F.pad(x, site._reversed_padding_repeated_twice, mode=site.padding_mode), 0
-    result: Tensor = _CONVOLVE[len(site.kernel_size)](x, weight, None, site.stride, padding, site.dilation)
+    groups = site.in_channels // weight.shape[1]
+    convolve = _CONVOLVE[len(site.kernel_size)]
+    result: Tensor = convolve(x, weight, None, site.stride, padding, site.dilation, groups)
     return result
 
 

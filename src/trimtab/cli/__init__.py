@@ -9,6 +9,7 @@ from ..errors import TrimtabError
 from .demo import demo
 from .inspect import inspect
 from .merge import merge
+from .methods import methods
 from .predict import predict
 from .targets import targets
 from .train import train
@@ -19,8 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune pretrained models by training a small adapter and leaving the model alone.",
 )
-for verb in (demo, train, predict, merge, inspect, targets):
-    app.command(no_args_is_help=verb is not demo)(verb)
+for verb in (demo, train, predict, merge, inspect, targets, methods):
+    app.command(no_args_is_help=verb not in (demo, methods))(verb)
 
 
 def _version(wanted: bool) -> None:

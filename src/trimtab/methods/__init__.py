@@ -1,14 +1,42 @@
 """The methods: one file each, and the table of their names."""
 
 from ..adapter import PeftConfig
+from .adalora import AdaLoraConfig
+from .bitfit import BitFitConfig
+from .boft import BOFTConfig
+from .bottleneck import BottleneckConfig
+from .compacter import CompacterConfig
+from .hra import HRAConfig
+from .ia3 import IA3Config
+from .ln_tuning import LNTuningConfig
+from .loha import LoHaConfig
+from .lokr import LoKrConfig
 from .lora import LoraConfig
+from .loreft import LoReftConfig
+from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
+from .trainable_tokens import TrainableTokensConfig
+from .vera import VeraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
+    "adalora": AdaLoraConfig,
+    "bitfit": BitFitConfig,
+    "boft": BOFTConfig,
+    "bottleneck": BottleneckConfig,
+    "compacter": CompacterConfig,
+    "hra": HRAConfig,
+    "ia3": IA3Config,
+    "ln_tuning": LNTuningConfig,
+    "loha": LoHaConfig,
+    "lokr": LoKrConfig,
     "lora": LoraConfig,
-    "prompt_tuning": PromptTuningConfig,
+    "loreft": LoReftConfig,
+    "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
+    "prompt_tuning": PromptTuningConfig,
+    "trainable_tokens": TrainableTokensConfig,
+    "vera": VeraConfig,
 }

@@ -1,9 +1,13 @@
 """BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): train biases only. y = f(x) + (b' - b), b' trained from b."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from .. import weights
 from ..adapter import Adapter
+from ..errors import TargetError
+from ..targets import TargetConfig, base_modules, compact
 
 CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
@@ -75,3 +79,47 @@ def has_bias(module: nn.Module) -> bool:
 def own_bias(site: nn.Module) -> Tensor | None:
     """The stored bias of a module, whatever adapters say of it."""
     return site._parameters.get(bias_name(site))
+
+
+def add_biases(made: dict[str, Adapter], model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a method with bias="all": its own, and the trained biases of all other modules."""
+    copied = tuple(f"{name}." for name, adapter in made.items() if adapter.replacement is not None)
+    biased = {name: module for name, module in base_modules(model) if has_bias(module) and not name.startswith(copied)}
+    return made | {name: BiasAdapter(module) for name, module in biased.items() if name not in made}
+
+
+class BitFitConfig(TargetConfig):
+    """BitFit's settings: whose biases. None means every module that has one, "attention" those inside attention."""
+
+    peft_type: ClassVar[str] = "BITFIT"
+
+    def default_targets(self, model: nn.Module) -> list[str]:
+        return _biased(model)
+
+    def resolved(self, model: nn.Module) -> "BitFitConfig":
+        if self.target_modules != "attention":
+            return super().resolved(model)
+        return self.model_copy(update={"target_modules": _biased(model, "attention", "attn")}).resolved(model)
+
+    def fits(self, module: nn.Module) -> bool:
+        return is_biased(module)
+
+    def build(self, name: str, site: nn.Module) -> BiasAdapter:
+        return BiasAdapter(site)
+
+
+def is_biased(module: nn.Module) -> bool:
+    """Whether the module adds a bias to what it returns: what other modules do with theirs is not known."""
+    known = weights.layout(module) is not None or "norm" in type(module).__name__.lower()
+    return known and own_bias(module) is not None
+
+
+def _biased(model: nn.Module, *parents: str) -> list[str]:
+    """The modules with a bias, of all or of those below a module with one of these words in its name."""
+    names = [name for name, module in base_modules(model) if is_biased(module)]
+    if parents:
+        names = [name for name in names if any(word in name.rpartition(".")[0].lower() for word in parents)]
+    if not names:
+        where = " in attention" if parents else ""
+        raise TargetError(f"BitFit trains biases, of which {type(model).__name__} has none{where}.")
+    return compact(names, model)

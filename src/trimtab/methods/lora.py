@@ -10,35 +10,54 @@ product twice, and an adapter must mean the same in both libraries.
 """
 
 import math
+import re
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import weights
 from ..adapter import Adapter
-from ..errors import ConfigError, MergeError
-from ..targets import TargetConfig, base_modules, check_patterns, pattern_name, pattern_value
-from .bitfit import BiasAdapter, TrainedBias, has_bias
+from ..errors import ConfigError, MergeError, TargetError, did_you_mean
+from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value, shared
+from .bitfit import TrainedBias, add_biases, has_bias
+from .dora import Magnitude
+from .lora_init import KINDS, Start, orthogonal_
+from .trainable_tokens import token_adapters
 
 
 class LoraAdapter(Adapter):
-    def __init__(self, site: nn.Module, r: int, scale: float, dropout: float, init: bool | str) -> None:
-        """A (r, in, *kernel) and B (out, r / groups); scale is s, dropout a probability."""
+    def __init__(
+        self, name: str, site: nn.Module, r: int, scale: float, dropout: float, init: bool | str, dora: bool = False
+    ) -> None:
+        """A (r, in, *kernel) and B (out, r / groups, *ones); scale is s, dropout a probability."""
         super().__init__()
         shape = weights.layout(site)
         assert shape is not None
         self.scale, self.dropout = scale, dropout
         self.embeds = isinstance(site, nn.Embedding)
         self.A = weights.new_parameter(site, r, shape.into, *shape.kernel)
-        self.B = weights.new_parameter(site, shape.out, r // shape.groups)
+        self.B = weights.new_parameter(site, shape.out, r // shape.groups, *[1] * len(shape.kernel))
         self.bias: TrainedBias | None = None
-        self._initialise(init)
+        self.start: Start | None = None
+        if isinstance(init, str) and re.fullmatch(KINDS, init):
+            self.start = Start(name, site, r, scale, init)
+            self.A.data.copy_(self.start.A)
+            self.B.data.copy_(self.start.B)
+        else:
+            self._initialise(init)
+        self.magnitude = Magnitude(site) if dora else None
+        if self.magnitude is not None and not self.A.is_meta:
+            self.magnitude.start(site, *self._change(), scale)
 
     def _initialise(self, init: bool | str) -> None:
         # On an embedding B is the random one: A's columns are rows of the vocabulary, of which a step sees few.
         zero, random = (self.A, self.B) if self.embeds else (self.B, self.A)
+        if init == "orthogonal":
+            orthogonal_(self.A, self.B)
+            return
         if init == "gaussian":
             nn.init.normal_(random, std=1 / len(self.A))
         elif self.embeds:
@@ -51,30 +70,46 @@ class LoraAdapter(Adapter):
             nn.init.zeros_(zero)
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        whole = x
         if self.dropout and self.training and not self.embeds:
             x = F.dropout(x, self.dropout)
         # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
         dtype = y.dtype if self.embeds else x.dtype
-        h = weights.linear(site, x, self.A.to(dtype)) * self.scale
-        y = y + weights.mix(site, h, self.B.to(dtype)).to(y.dtype)
+        low = self._product(site, x, self.A.to(dtype), self.B.to(dtype)).to(y.dtype)
+        if self.start is not None:
+            low = low - self._product(site, whole, self.start.A.to(dtype), self.start.B.to(dtype)).to(y.dtype)
+        y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, *self._change(), self.scale)
         return y if self.bias is None else self.bias.add(site, y)
+
+    def _product(self, site: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """s B A x."""
+        return weights.mix(site, weights.linear(site, x, A) * self.scale, B.flatten(1))
+
+    def _change(self) -> tuple[Tensor, Tensor]:
+        """The pair whose product, times s, is added to W: A and B, and where they started elsewhere minus that."""
+        if self.start is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.start.A]), torch.cat([self.B, -self.start.B], 1)
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         if self.B.shape[1] != len(self.A):
             raise MergeError("A grouped convolution sees its own share of the channels; LoRA's A sees all of them.")
-        delta = (self.B @ self.A.flatten(1)).view(weight.shape) * self.scale
-        return weight + delta.to(weight.dtype)
+        A, B = self._change()
+        delta = (B.flatten(1) @ A.flatten(1)).view(weight.shape) * self.scale
+        merged = weight + delta.to(weight.dtype)
+        return merged if self.magnitude is None else self.magnitude.fold(site, merged, A, B, self.scale)
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        if self.magnitude is not None:
+            bias = self.magnitude.fold_bias(site, bias, *self._change(), self.scale)
         return bias if self.bias is None else self.bias.fold(site, bias)
 
     def hf_key(self, name: str) -> str:
         if name == "bias.value":
             return "base_layer.bias"
+        if name == "magnitude.value":
+            return "lora_magnitude_vector"
         return f"lora_embedding_{name}" if self.embeds else f"lora_{name}.weight"
-
-    def hf_shape(self, name: str, value: Tensor) -> tuple[int, ...]:
-        return (*value.shape, *[1] * (self.A.dim() - 2)) if name == "B" else tuple(value.shape)
 
 
 class LoraConfig(TargetConfig):
@@ -82,19 +117,25 @@ class LoraConfig(TargetConfig):
 
     r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability, on the input of A. bias: which biases are
     trained as well, "none", "all" or those of the targets ("lora_only"). use_rslora: s = lora_alpha / sqrt(r).
+    use_dora: learn the length of each row of the weight by itself (methods/dora.py). trainable_token_indices: ids of
+    tokens whose embeddings are trained as well (methods/trainable_tokens.py), or ids by name of the table.
     rank_pattern, alpha_pattern: other values for the modules a key (a regular expression for the end of the name)
-    means. init_lora_weights: True (A as nn.Linear's default, B zero), "gaussian" (A normal with deviation 1 / r), or
-    False (both random). fan_in_fan_out is set by itself: the layer tells how it stores its weight.
+    means. init_lora_weights: True (A as nn.Linear's default, B zero), "gaussian" (A normal with deviation 1 / r),
+    False (both random), or a start of methods/lora_init.py: "orthogonal", "pissa", "pissa_niter_K" (K rounds of a
+    randomised SVD), "olora".
+    share_across_layers: one A and B for all layers, saved once (HF PEFT cannot read that). fan_in_fan_out is set by
+    itself: the layer tells how it stores its weight.
     """
 
     peft_type: ClassVar[str] = "LORA"
     hf_prefix: ClassVar[str] = "lora_"
+    not_in_hf: ClassVar[frozenset[str]] = frozenset({"share_across_layers"})
     hf_only: ClassVar[dict[str, Any]] = {
         "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
         "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_bias": False,
         "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None,
-        "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
-        "use_dora": False, "use_qalora": False, "velora_config": None,
+        "qalora_group_size": 16, "target_parameters": None, "use_bdlora": None,
+        "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
     r: int = Field(8, ge=1)
@@ -102,10 +143,21 @@ class LoraConfig(TargetConfig):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
+    share_across_layers: bool | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and not re.fullmatch(f"gaussian|orthogonal|{KINDS}", value):
+            known = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
+            raise ValueError(f"no start is known by that name.{did_you_mean(value, known)}")
+        return value
 
     def resolved(self, model: nn.Module) -> "LoraConfig":
         config = super().resolved(model)
@@ -121,12 +173,25 @@ class LoraConfig(TargetConfig):
                 adapter.scale *= 2
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
-        if self.bias == "all":
-            copied = tuple(f"{name}." for name, adapter in made.items() if adapter.replacement is not None)
-            for name, module in base_modules(model):
-                if has_bias(module) and name not in made and not name.startswith(copied):
-                    made[name] = BiasAdapter(module)
-        return made
+        if self.share_across_layers:
+            self._check_sharing()
+            made = shared(made)
+        if self.trainable_token_indices:
+            tokens = token_adapters(model, self.trainable_token_indices)
+            if both := sorted(tokens.keys() & made.keys()):
+                raise TargetError(f"{both[0]} is adapted or saved whole, and holds tokens of trainable_token_indices: "
+                                  "leave it out of one of them.")  # fmt: skip
+            made |= tokens
+        return add_biases(made, model) if self.bias == "all" else made
+
+    def _check_sharing(self) -> None:
+        own = {"bias": "none", "use_dora": False, "alpha_pattern": {}}
+        differ = [setting for setting, value in own.items() if getattr(self, setting) != value]
+        if str(self.init_lora_weights).startswith(("pissa", "olora")):
+            differ.append("init_lora_weights")
+        if differ:
+            raise ConfigError(f"{differ[0]}={getattr(self, differ[0])!r} makes the adapter of each layer its own: it "
+                              "cannot go with share_across_layers=True.")  # fmt: skip
 
     def build(self, name: str, site: nn.Module) -> LoraAdapter:
         r = pattern_value(self.rank_pattern, name, self.r)
@@ -135,9 +200,11 @@ class LoraConfig(TargetConfig):
         assert shape is not None
         if r < 1 or r % shape.groups:
             raise ConfigError(f"{name} has {shape.groups} groups: its rank must be a multiple of that, not {r}.")
-        adapter = LoraAdapter(
-            site, r, alpha / (math.sqrt(r) if self.use_rslora else r), self.lora_dropout, self.init_lora_weights
-        )
+        if self.use_dora and shape.groups > 1:
+            raise ConfigError(f"{name} has {shape.groups} groups: DoRA measures the rows of one product B A. "
+                              "Leave it out with exclude_modules, or set use_dora=False.")  # fmt: skip
+        scale = alpha / (math.sqrt(r) if self.use_rslora else r)
+        adapter = LoraAdapter(name, site, r, scale, self.lora_dropout, self.init_lora_weights, self.use_dora)
         if self.bias != "none" and has_bias(site):
             adapter.bias = TrainedBias(site)
         return adapter

@@ -1,0 +1,137 @@
+"""The table of all methods, read off the methods themselves: nothing about a method is written a second time.
+
+python -m trimtab.catalog docs/methods.md      writes the page
+"""
+
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import attach
+from .adapter import Adapter, InputAdapter, PeftConfig
+from .errors import ConfigError, TargetError
+from .methods import METHODS
+from .targets import PartialTargetWarning, TargetConfig
+
+PROBES = {
+    "linear": nn.Linear(8, 8),
+    "convolution": nn.Conv2d(8, 8, 1),
+    "embedding": nn.Embedding(8, 8),
+    "norm": nn.LayerNorm(8),
+    "any module": nn.Sequential(nn.Linear(8, 8)),
+}
+INTRODUCTION = """\
+# Methods
+
+Generated from the methods' own files by `make docs`. `trimtab methods --model MODEL` adds the number of parameters
+that each of them trains on your model.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What there is to know of a method."""
+
+    name: str
+    config: type[PeftConfig]
+    title: str  # LoRA
+    paper: str
+    formula: str  # the whole text at the top of its file, without the title
+    fits: str
+    merges: bool
+    inputs: bool
+
+    @property
+    def latency(self) -> str:
+        if self.merges:
+            return "none once merged"
+        return "a longer input" if self.inputs else "small layers at each site"
+
+
+def entries() -> list[Entry]:
+    return [_entry(name, config) for name, config in METHODS.items()]
+
+
+def trainable(config: type[PeftConfig], model: nn.Module) -> int | str:
+    """How many parameters the method trains on this model with its example settings, or why it cannot."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", PartialTargetWarning)
+            made = attach.plan(model, config(**config.example), "default")
+    except (ConfigError, TargetError) as error:
+        return str(error)
+    found = {
+        id(parameter): parameter.numel() for adapter in made.adapters.values() for parameter in adapter.parameters()
+    }
+    return sum(found.values())
+
+
+def table(model: nn.Module | None = None) -> list[tuple[str, ...]]:
+    """A line of headings, and one for each method."""
+    lines = [("method", *(("trainable",) if model else ()), "merges", "fits", "extra latency", "paper")]
+    for entry in entries():
+        count = trainable(entry.config, model) if model else 0
+        shown = (f"{count:,}" if isinstance(count, int) else "does not fit",) if model else ()
+        lines.append((entry.name, *shown, "yes" if entry.merges else "no", entry.fits, entry.latency, entry.paper))
+    return lines
+
+
+def page() -> str:
+    """docs/methods.md."""
+    first, *rest = table()
+    lines = [first, tuple("---" for _ in first), *rest]
+    parts = [INTRODUCTION, "".join(f"| {' | '.join(line)} |\n" for line in lines)]
+    return "\n".join([*parts, *(_section(entry) for entry in entries())])
+
+
+def _section(entry: Entry) -> str:
+    settings = ", ".join(f"{key}={value!r}" for key, value in entry.config.example.items())
+    code = [
+        "import transformers, trimtab",
+        "",
+        'model = transformers.AutoModelForSequenceClassification.from_pretrained("my-model")',
+        f"model = trimtab.get_peft_model(model, trimtab.{entry.config.__name__}({settings}))",
+        "model.print_trainable_parameters()",
+    ]
+    text = [f"## {entry.title}\n", f"{entry.paper}\n" if entry.paper else "", f"```text\n{entry.formula}\n```\n"]
+    text += [f"{entry.config.about}\n"] if entry.config.about else []
+    return "\n".join([part for part in text if part] + ["```python", *code, "```\n"])
+
+
+def _entry(name: str, config: type[PeftConfig]) -> Entry:
+    text = (sys.modules[config.__module__].__doc__ or "").strip()
+    start = re.match(r"([^(:]+?)(?: \((.*?)\))?[:.] *(.*)", text, re.S)
+    assert start is not None, f"{config.__module__} says nothing of itself"
+    kind = _adapter(config)
+    inputs = issubclass(kind, InputAdapter)
+    merges = not inputs and kind.merged is not Adapter.merged
+    return Entry(name, config, start[1], start[2] or "", start[3].strip(), _fits(config, inputs), merges, inputs)
+
+
+def _adapter(config: type[PeftConfig]) -> type[Adapter]:
+    """The class of the adapters that the config makes."""
+    if not issubclass(config, TargetConfig):
+        return InputAdapter
+    found = config.build.__annotations__["return"]
+    if found is Adapter:  # of one class or another: see which
+        example = config(**config.example)
+        found = type(next(example.build("probe", module) for module in PROBES.values() if example.fits(module)))
+    assert isinstance(found, type)
+    return found
+
+
+def _fits(config: type[PeftConfig], inputs: bool) -> str:
+    if inputs or not issubclass(config, TargetConfig):
+        return "the model's input"
+    example = config(**config.example)
+    assert isinstance(example, TargetConfig)
+    return ", ".join(kind for kind, module in PROBES.items() if example.fits(module))
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

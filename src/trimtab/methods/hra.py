@@ -1,0 +1,68 @@
+"""HRA (Yuan et al. 2024, arXiv 2405.17484): W' = W H_1 H_2 ... H_r, each H_i = I - 2 u_i u_i^T / |u_i|^2 a reflection.
+
+That is y = W (x H_r ... H_1) + b. The u_i start as equal pairs, whose reflections undo each other, so that nothing
+changes at first. With apply_GS they are made orthogonal first (the paper's limit of strong regularisation); then
+W' = W (I - 2 U U^T), which is the identity for no U.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from .. import weights
+from ..errors import ConfigError
+from .rotation import RotationAdapter, RotationConfig, turned_features
+
+
+class HRAAdapter(RotationAdapter):
+    hf_names: ClassVar[dict[str, str]] = {"u": "hra_u", "bias.value": "base_layer.bias"}
+
+    def __init__(self, site: nn.Module, r: int, orthogonal: bool, init: bool) -> None:
+        """u (n, r)."""
+        super().__init__()
+        self.orthogonal = orthogonal
+        self.u = weights.new_parameter(site, turned_features(site), r)
+        nn.init.kaiming_uniform_(self.u, a=math.sqrt(5))
+        if init and not orthogonal:  # else no identity
+            if r % 2 and not self.u.is_meta:  # a file may bring any number of them
+                raise ConfigError(f"HRA starts with pairs of reflections: r must be even, not {r}. Closest: {r + 1}. "
+                                  "Or start at random with init_weights=False.")  # fmt: skip
+            self.u.data = self.u.data[:, : (r + 1) // 2].repeat_interleave(2, dim=1)[:, :r]
+
+    def rotate(self, v: Tensor, drop: bool) -> Tensor:
+        u = self.u.to(weights.master_dtype(self.u.dtype))
+        if self.orthogonal:
+            U: Tensor = torch.linalg.qr(u)[0].to(v.dtype)
+            return v - 2 * (v @ U) @ U.T
+        u = (u / u.norm(dim=0)).to(v.dtype)
+        for column in reversed(u.unbind(1)):
+            v = v - 2 * (v @ column)[..., None] * column
+        return v
+
+
+class HRAConfig(RotationConfig):
+    """HRA's settings.
+
+    r: number of reflections, even. apply_GS: make their vectors orthogonal. bias: which biases are trained as well,
+    "none", "all" or those of the targets ("hra_only"). init_weights=False starts at random.
+    """
+
+    peft_type: ClassVar[str] = "HRA"
+    hf_prefix: ClassVar[str] = "hra_"
+
+    r: int = Field(8, ge=1)
+    apply_GS: bool = False  # noqa: N815 - HF PEFT's name
+    bias: Literal["none", "all", "hra_only"] = "none"
+    init_weights: bool = True
+
+    def fits(self, module: nn.Module) -> bool:
+        return super().fits(module) and not isinstance(module, nn.Embedding)
+
+    def build(self, name: str, site: nn.Module) -> RotationAdapter:
+        n = turned_features(site)
+        if self.r > n:
+            raise ConfigError(f"{name} turns {n} features: r={self.r} reflections are more than that. Closest: {n}.")
+        return self.with_bias(HRAAdapter(site, self.r, self.apply_GS, self.init_weights), site)

@@ -1,0 +1,72 @@
+"""LoRA's starts that follow from the weight: PiSSA (Meng et al. 2024, arXiv 2404.02948) and OLoRA (Buyukakyuz 2024,
+arXiv 2406.01775); and its orthogonal start.
+
+    y = W x + s (B A - B0 A0) x,    A, B starting at A0, B0
+
+PiSSA takes the r largest singular values, s B0 A0 = U_r S_r V_r^T, each factor with their square root; OLoRA W = Q R,
+B0 = Q_r, A0 = R_r. The papers subtract s B0 A0 from the weight, which here stays as it is: A0 and B0 are kept beside
+it, frozen, and computed again from W when the adapter is loaded, as HF PEFT does to its weight.
+"""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from .. import weights
+from ..errors import ConfigError
+from ..targets import is_linear
+
+KINDS = r"pissa|pissa_niter_\d+|olora"
+
+
+class Start(nn.Module):
+    """A0 (r, in) and B0 (out, r); in no file."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, name: str, site: nn.Module, r: int, scale: float, kind: str) -> None:
+        super().__init__()
+        W = weights.read(site).detach()
+        if not is_linear(site) or W.is_meta:
+            what = "has no values yet" if W.is_meta else f"is a {type(site).__name__}, not a linear layer"
+            raise ConfigError(f"init_lora_weights={kind!r} decomposes weights, but {name} {what}.")
+        if r > min(W.shape):
+            raise ConfigError(f"{name} is a matrix of rank {min(W.shape)} at most: init_lora_weights={kind!r} "
+                              f"has no r={r} parts of it to start from. Closest: {min(W.shape)}.")  # fmt: skip
+        with torch.device(W.device):  # also while a plan is made on the meta device
+            A, B = _parts(W.to(weights.master_dtype(W.dtype)), r, scale, kind)
+        self.register_buffer("A", A.contiguous(), persistent=False)
+        self.register_buffer("B", B.contiguous(), persistent=False)
+
+
+def _parts(W: Tensor, r: int, scale: float, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "olora":
+        Q, R = torch.linalg.qr(W)
+        return R[:r], Q[:, :r]
+    if kind == "pissa":
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    else:  # randomised: the same numbers each time, since A0 and B0 are not saved
+        with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
+            torch.manual_seed(0)
+            U, S, V = torch.svd_lowrank(W, r, niter=int(re.findall(r"\d+", kind)[0]))
+        Vh = V.T
+    root = (S[:r] / scale).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def orthogonal_(A: Tensor, B: Tensor) -> None:
+    """Random A (r, in) and B (out, r) with B A = 0: their rows and columns lie in two halves of an orthogonal basis.
+
+    From https://datta0.github.io/posts/rethink-lora-init; r must be even.
+    """
+    r = len(A)
+    if A.is_meta:
+        return
+    if r % 2:
+        raise ConfigError(f"init_lora_weights='orthogonal' halves the rank: r must be even, not {r}. Closest: {r + 1}.")
+    basis = torch.linalg.qr(torch.randn(r, r, dtype=A.dtype, device=A.device))[0]
+    with torch.no_grad():
+        A.copy_((torch.randn(A[0].numel(), r // 2).to(A) @ basis[0::2]).T.view_as(A) / 10)
+        B.copy_((torch.randn(len(B), r // 2).to(B) @ basis[1::2]).view_as(B) / 10)

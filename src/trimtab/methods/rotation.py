@@ -1,0 +1,121 @@
+"""y = s (W (x M)) + b: what methods have in common that turn a layer's input by an orthogonal M, and may scale rows.
+
+On a convolution M turns the patches that its kernel sees; patches overlap, so that there the weight is turned
+instead of the input, which is the same map. On an embedding M turns the rows of the table.
+"""
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from .. import weights
+from ..adapter import Adapter
+from ..errors import ConfigError
+from ..targets import TargetConfig
+from .bitfit import TrainedBias, add_biases, own_bias
+from .delta import shape_of
+
+
+class RotationAdapter(Adapter):
+    """scale holds s, one number per output, in any shape; None where a method has none."""
+
+    scale: nn.Parameter | None
+    bias: TrainedBias | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = None
+        self.bias = None
+
+    @abstractmethod
+    def rotate(self, v: Tensor, drop: bool) -> Tensor:
+        """v M for v (..., n), in the type of v; `drop` leaves parts of M out, as the method's dropout says."""
+
+    def before(self, site: nn.Module, x: Tensor) -> Tensor:
+        return self.rotate(x, self.training) if _turns_input(site) else x
+
+    def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if isinstance(site, nn.Embedding):
+            y = self.rotate(y, self.training)
+        elif not _turns_input(site):
+            y = y + weights.linear(site, x, self._change(site, self.training).to(x.dtype)).to(y.dtype)
+        elif self.scale is not None:
+            s, b = self.scale.flatten().to(y.dtype), own_bias(site)
+            y = y + (s - 1) * (y if b is None else y - b)
+        return y if self.bias is None else self.bias.add(site, y)
+
+    def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
+        if isinstance(site, nn.Embedding):  # (out, in): its rows are the table's columns
+            return self.rotate(weight.T, False).T
+        if not _turns_input(site):
+            return weight + self._change(site, False).to(weight.dtype)
+        return self._turned(weight, False)
+
+    def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        own = own_bias(site)
+        if self.scale is not None and _turns_input(site) and bias is not None and own is not None and bias is not own:
+            bias = bias + (self.scale.flatten().to(bias.dtype) - 1) * (bias - own)  # s leaves the site's own as it is
+        return bias if self.bias is None else self.bias.fold(site, bias)
+
+    def _turned(self, weight: Tensor, drop: bool) -> Tensor:
+        """s W M^T for W (out, n)."""
+        M = self.rotate(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), drop)
+        turned = weight @ M.T
+        return turned if self.scale is None else turned * self.scale.view(-1, 1).to(weight.dtype)
+
+    def _change(self, site: nn.Module, drop: bool) -> Tensor:
+        """s W M^T - W of a convolution, in the shape of its weight."""
+        W = weights.read(site)
+        W = W.to(weights.master_dtype(W.dtype))
+        return (self._turned(W.flatten(1), drop) - W.flatten(1)).view_as(W)
+
+
+class RotationConfig(TargetConfig):
+    """bias: which biases are trained as well: "none", "all", or another word for those of the targets."""
+
+    bias: str = "none"
+
+    def adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        made = super().adapters(model)
+        return add_biases(made, model) if self.bias == "all" else made
+
+    def with_bias(self, adapter: RotationAdapter, site: nn.Module) -> RotationAdapter:
+        if self.bias != "none" and own_bias(site) is not None:
+            adapter.bias = TrainedBias(site)
+        return adapter
+
+
+def _turns_input(site: nn.Module) -> bool:
+    return not isinstance(site, (nn.Embedding, *weights.CONVOLUTIONS))
+
+
+def turned_features(site: nn.Module) -> int:
+    """n: the inputs of one output, or the numbers in a row of an embedding's table."""
+    out, into, *kernel = shape_of(site)
+    return out if isinstance(site, nn.Embedding) else into * math.prod(kernel)
+
+
+def split(name: str, features: int, setting: str, wanted: int) -> int:
+    """features / wanted, or a ConfigError that names the closest number that divides."""
+    if wanted < 1 or features % wanted:
+        divisors = [number for number in range(1, features + 1) if features % number == 0]
+        near = min(divisors, key=lambda number: abs(number - wanted))
+        raise ConfigError(
+            f"{name} turns {features} features: {setting}={wanted} does not divide them. Closest: {near}."
+        )
+    return features // wanted
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """(I - Q) (I + Q)^-1 of skew-symmetric Q (..., b, b): orthogonal."""
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    solved: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
+    return solved
+
+
+def drop_blocks(R: Tensor, p: float) -> Tensor:
+    """Blocks (..., b, b), each with probability p replaced by the identity."""
+    kept = torch.rand(R.shape[:-2], device=R.device) >= p
+    return torch.where(kept[..., None, None], R, torch.eye(R.shape[-1], dtype=R.dtype, device=R.device))

@@ -1,0 +1,125 @@
+"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): y = W x + l_b * (B (l_d * (A x))).
+
+A (r, in) and B (out, r) are random, frozen and shared by all sites, each of which takes as many of their columns and
+rows as it has inputs and outputs; a site trains l_d (r,), started at d_initial, and l_b (out,), started at zero.
+A and B are saved once, or with save_projection=False not at all: they follow from projection_prng_key.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import weights
+from ..adapter import Adapter
+from ..targets import TargetConfig, is_linear
+from .bitfit import TrainedBias, add_biases, own_bias
+
+
+class Projections(nn.Module):
+    """A (r, in) and B (out, r), wide enough for every site; one object that all adapters hold."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, out: int, into: int, r: int, seed: int, saved: bool) -> None:
+        super().__init__()
+        # On the CPU whatever the device, so that a seed means the same numbers everywhere; HF PEFT draws the same.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, shape in (("A", (r, into)), ("B", (out, r))):
+            bound = math.sqrt(6 / shape[1])  # Kaiming's uniform distribution
+            drawn = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn, persistent=saved)
+
+
+class VeraAdapter(Adapter):
+    hf_names: ClassVar[dict[str, str]] = {
+        "lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d", "bias.value": "base_layer.bias"
+    }  # fmt: skip
+    hf_shared: ClassVar[dict[str, str]] = {"shared.A": "base_model.vera_A", "shared.B": "base_model.vera_B"}
+
+    shared: Projections  # one for all sites: VeraConfig.adapters knows how wide, and puts it in
+
+    def __init__(self, site: nn.Module, r: int, d_initial: float, dropout: float, init: bool) -> None:
+        super().__init__()
+        shape = weights.layout(site)
+        assert shape is not None
+        self.out, self.into, self.dropout = shape.out, shape.into, dropout
+        self.lambda_b = weights.new_parameter(site, shape.out)
+        self.lambda_d = weights.new_parameter(site, r)
+        self.bias: TrainedBias | None = None
+        if init:
+            nn.init.zeros_(self.lambda_b)
+            nn.init.constant_(self.lambda_d, d_initial)
+        else:  # no identity: for tests, and for those who load weights anyway
+            nn.init.ones_(self.lambda_b)
+            nn.init.normal_(self.lambda_d)
+
+    def _own(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of this site, in the type and on the device of another tensor."""
+        return self.shared.A[:, : self.into].to(like), self.shared.B[: self.out].to(like)
+
+    def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        A, B = self._own(x)
+        h = F.linear(F.dropout(x, self.dropout, self.training), A) * self.lambda_d.to(x.dtype)
+        y = y + (F.linear(h, B) * self.lambda_b.to(x.dtype)).to(y.dtype)
+        return y if self.bias is None else self.bias.add(site, y)
+
+    def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
+        A, B = self._own(self.lambda_b)
+        delta = (self.lambda_b[:, None] * B) @ (self.lambda_d[:, None] * A)
+        return weight + delta.to(weight.dtype)
+
+    def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        return bias if self.bias is None else self.bias.fold(site, bias)
+
+
+class VeraConfig(TargetConfig):
+    """VeRA's settings.
+
+    r: rank, large (hundreds), since only r + out numbers per site are trained. projection_prng_key: the seed of A
+    and B. save_projection: save them too. vera_dropout: probability, on the input of A. bias: which biases are trained
+    as well, "none", "all" or those of the targets ("vera_only"). init_weights=False starts at random.
+    """
+
+    peft_type: ClassVar[str] = "VERA"
+    hf_prefix: ClassVar[str] = "vera_"
+    not_in_hf: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
+
+    r: int = Field(256, ge=1)
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = Field(0.0, ge=0, lt=1)
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "vera_only"] = "none"
+    init_weights: bool = True
+
+    def fits(self, module: nn.Module) -> bool:
+        return is_linear(module)
+
+    def resolved(self, model: nn.Module) -> "VeraConfig":
+        config = super().resolved(model)
+        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
+        return config.model_copy(update={"fan_in_fan_out": fan})
+
+    def adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        made = super().adapters(model)
+        own = {name: adapter for name, adapter in made.items() if isinstance(adapter, VeraAdapter)}
+        out, into = max(adapter.out for adapter in own.values()), max(adapter.into for adapter in own.values())
+        shared = Projections(out, into, self.r, self.projection_prng_key, self.save_projection)
+        stored = weights.parameter(model.get_submodule(next(iter(own))))
+        if stored is not None and not stored.is_meta:
+            shared = shared.to(stored.device)
+        for adapter in own.values():
+            adapter.shared = shared
+        return add_biases(made, model) if self.bias == "all" else made
+
+    def build(self, name: str, site: nn.Module) -> VeraAdapter:
+        adapter = VeraAdapter(site, self.r, self.d_initial, self.vera_dropout, self.init_weights)
+        if self.bias != "none" and own_bias(site) is not None:
+            adapter.bias = TrainedBias(site)
+        return adapter
