@@ -229,6 +229,24 @@ def test_sampled_from_the_vocabulary() -> None:
     assert len({row[0] for row in found}) > 5
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_learns(method: str) -> None:
+    """Whether the first of six tokens is in the upper half of the vocabulary, on a frozen trunk of random weights."""
+    tokens = models.ids(8, 6)
+    batch = {"input_ids": tokens, "labels": (tokens[:, 0] > 32).long()}
+    model = models.bert().model
+    frozen = model(**batch).loss.item()
+    torch.manual_seed(0)
+    get_peft_model(model, configs(method, "SEQ_CLS")[1]).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.4 * frozen
+
+
 # ------------------------------------------------------------------------------------------------------- files
 
 
@@ -302,7 +320,7 @@ def test_lora_acts_beside_a_prompt_and_a_second_prompt_does_not() -> None:
     with pytest.raises(AdapterError, match=r"\['default', 'prefix'\] all put virtual tokens before the input"):
         model.set_adapter(["default", "prefix", "lora"])
     assert model.active_adapters == ["default", "lora"]
-    with pytest.raises(MergeError, match="goes into the model"):
+    with pytest.raises(MergeError, match="goes into a module"):
         model.merge_adapter()
     model.merge_adapter(["lora"])
     torch.testing.assert_close(model(**inputs).logits, both, **TOLERANCE)
