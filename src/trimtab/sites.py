@@ -255,8 +255,8 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
         raise TargetError(f"{name} is a {type(module).__name__}, which is never called. Name the modules inside it.")
     if "forward" in vars(module) and not any(_is_own(module, name) for name in FORWARDS):
         raise TargetError(
-            f"{name or 'The model'} has a forward of its own, which would pass by the adapter (accelerate puts one there "
-            "for mixed precision). Take it away with `del module.forward`, or patch it after attaching adapters."
+            f"{name or 'The model'} has a forward of its own, which would pass by the adapter (accelerate puts one "
+            "there for mixed precision). Take it away with `del module.forward`, or patch it after attaching adapters."
         )
     if weights.is_sharded(module):
         raise TargetError(f"{name} is sharded, and the new adapter would not be. Attach adapters before sharding.")
