@@ -85,8 +85,8 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
             return call(self, *args, **kwargs)
 
         # accelerate unwraps as long as there is something inside, and would go past the adapters.
-        del forward.__wrapped__  # type: ignore[attr-defined]
-        forward.__signature__ = inspect.signature(original.forward)
+        del forward.__wrapped__
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         namespace |= {"forward": forward, "_arguments": tuple(inspect.signature(original.forward).parameters)[1:]}
     namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
