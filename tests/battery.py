@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import trimtab
 from trimtab import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     BitFitConfig,
     BOFTConfig,
     BottleneckConfig,
@@ -211,6 +212,11 @@ ALL_SMALL_CONFIGS = [
         "identity": "B A is zero up to rounding", "switch": "zero up to rounding, as said",
         "trains_in_float32": "zero up to rounding, as said"}),
     Case("lokr-lycoris", LoKrConfig(r=2, target_modules=["token", "inner"], init_weights="lycoris"), models.embeddings),
+    Case("llama_adapter", AdaptionPromptConfig(adapter_len=3, adapter_layers=1), models.gpt2,
+         skips={"merge": "a second attention is no weight", "nest": "they do not act around the call: tested apart"}),
+    Case("llama_adapter-llama", AdaptionPromptConfig(adapter_len=3), models.llama,
+         skips={"merge": "a second attention is no weight", "nest": "they do not act around the call: tested apart",
+                "finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for it"}),
     virtual("prompt_tuning", PromptTuningConfig),
     virtual("prompt_tuning-sampled", PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"),
     virtual("prompt_tuning-bert", PromptTuningConfig, models.bert, task_type="SEQ_CLS"),

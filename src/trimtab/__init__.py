@@ -31,6 +31,7 @@ from .methods.bottleneck import BottleneckConfig
 from .methods.compacter import CompacterConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
+from .methods.llama_adapter import AdaptionPromptConfig
 from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
@@ -55,6 +56,7 @@ __all__ = [
     "AdaLoraConfig",
     "Adapter",
     "AdapterError",
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

@@ -33,6 +33,7 @@ class Swapped:
 
     _original: ClassVar[type[nn.Module]]  # the class to go back to
     _mixin: ClassVar[type["Swapped"]]
+    more: ClassVar[tuple[str, ...]] = ()  # arguments that forward takes beside those of the module
 
     @classmethod
     def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -82,9 +83,20 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return mixed(self, *args, **kwargs)
 
-        namespace |= {"forward": forward, "_arguments": tuple(inspect.signature(original.forward).parameters)[1:]}
+        signature = inspect.signature(original.forward)
+        if mixin.more:
+            forward.__signature__ = _with_more(signature, mixin.more)  # type: ignore[attr-defined]
+        namespace |= {"forward": forward, "_arguments": tuple(signature.parameters)[1:]}
     namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
+
+
+def _with_more(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:
+    """The signature with optional keyword arguments more: `generate` and Trainer pass on what it names."""
+    old = list(signature.parameters.values())
+    new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    last = len(old) - (old[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return signature.replace(parameters=[*old[:last], *new, *old[last:]])
 
 
 def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
@@ -268,7 +280,11 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
 
 def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":
     """Put an adapter at a module, making a site of it where it is none yet."""
-    mixin = InputSite if isinstance(adapter, InputAdapter) else ReadSite if is_read(module, parent) else Site
+    mixin: type[AnySite] = ReadSite if is_read(module, parent) else Site
+    if isinstance(adapter, InputAdapter):
+        mixin = adapter.site or InputSite
+        if not isinstance(module, mixin):
+            swap_out(module, InputSite)  # two of them would call the adapters twice
     if not isinstance(module, mixin):
         swap_in(module, mixin)
     assert isinstance(module, AnySite)
@@ -285,5 +301,6 @@ def remove(module: AnySite, name: str) -> None:
     if not len(module.adapters):
         for attribute in ("adapters", "_active"):
             delattr(module, attribute)
-        for mixin in (Site, InputSite, ReadSite):
-            swap_out(module, mixin)
+        for mixin in lineage(type(module))[0]:
+            if issubclass(mixin, AnySite):
+                swap_out(module, mixin)

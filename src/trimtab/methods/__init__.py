@@ -8,6 +8,7 @@ from .bottleneck import BottleneckConfig
 from .compacter import CompacterConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
+from .llama_adapter import AdaptionPromptConfig
 from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
@@ -28,6 +29,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "compacter": CompacterConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
+    "llama_adapter": AdaptionPromptConfig,
     "ln_tuning": LNTuningConfig,
     "loha": LoHaConfig,
     "lokr": LoKrConfig,

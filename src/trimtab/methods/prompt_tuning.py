@@ -30,6 +30,11 @@ class PromptTuningConfig(PromptConfig):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    about: ClassVar[str] = (
+        "Among the fewest parameters of all. Lester et al. find it on a par with full fine-tuning from about ten "
+        "billion parameters on, and well behind on small models. It wants a large learning rate (the paper's is 0.3) "
+        "and many steps; starting from real tokens or a text helps."
+    )
 
     prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
