@@ -37,6 +37,7 @@ from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
 from .methods.loreft import LoReftConfig
+from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
@@ -80,6 +81,8 @@ __all__ = [
     "LoReftConfig",
     "LoraConfig",
     "MergeError",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "OFTConfig",
     "PartialTargetWarning",
     "PeftConfig",

@@ -93,7 +93,7 @@ class Prompt(VirtualTokens):
                 raise AdapterError("Virtual tokens go before input_ids of shape (batch, length), or inputs_embeds.")
             embeds = site.get_input_embeddings()(ids)  # type: ignore[operator]  # (B, T, D)
         rows, length = embeds.shape[:2]
-        virtual = self.virtual(rows).to(embeds)
+        virtual = self.virtual(rows, given).to(embeds)
         new = {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
         mask = given.get("attention_mask")
         # A decoder beside reads the same mask, so at the root `WiderMask` has widened it for both.
@@ -110,7 +110,7 @@ class Prompt(VirtualTokens):
             new["labels"] = _before(labels, self.tokens, -100)
         return named(site, new)
 
-    def virtual(self, rows: int) -> Tensor:
+    def virtual(self, rows: int, given: dict[str, Any]) -> Tensor:
         """What goes before the embeddings: (B, P, D)."""
         numbers: Tensor = self()
         return numbers[: self.tokens].expand(rows, -1, -1)

@@ -76,8 +76,9 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
     copied = ("__module__", "__qualname__", "__doc__")
     namespace: dict[str, Any] = {name: getattr(original, name) for name in copied}
     namespace |= {"_mixin": mixin, "_original": original}
-    if "forward" in vars(mixin):
-        mixed: Callable[..., Any] = vars(mixin)["forward"]
+    own = [cls for cls in mixin.__mro__ if issubclass(cls, Swapped) and "forward" in vars(cls)]
+    if own:
+        mixed: Callable[..., Any] = vars(own[0])["forward"]
 
         @functools.wraps(original.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -177,16 +178,21 @@ class InputSite(AnySite):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stack = cast(list[InputAdapter], self.acting(on_input=True))
         if not stack:
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **self.own(kwargs))
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         calls = []
         for adapter in reversed(stack):
             calls.append((adapter, given))
             given = adapter.inputs(self, given)
-        result = super().forward(**given)
+        result = super().forward(**self.own(given))
         for adapter, given in reversed(calls):
             result = adapter.outputs(self, given, result)
         return result
+
+
+    def own(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that are the module's: without those that are for adapters alone."""
+        return {name: value for name, value in given.items() if name not in self.more}
 
 
 class ReadSite(AnySite):

@@ -14,6 +14,7 @@ from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoraConfig
 from .loreft import LoReftConfig
+from .multitask_prompt_tuning import MultitaskPromptTuningConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
@@ -35,6 +36,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "lokr": LoKrConfig,
     "lora": LoraConfig,
     "loreft": LoReftConfig,
+    "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,

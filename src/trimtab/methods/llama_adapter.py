@@ -41,7 +41,7 @@ class AdaptionPrompt(InputAdapter):
         prompt = self.adaption_prompt.to(x.dtype)
         parts = projections(site)
         if parts:
-            q, k, v = (getattr(site, part)(of) for part, of in zip(parts, (x, prompt, prompt), strict=False))
+            q, k, v = (getattr(site, part)(of) for part, of in zip(parts[:3], (x, prompt, prompt), strict=True))
         else:
             (q, _, _), (_, k, v) = site.c_attn(x).chunk(3, -1), site.c_attn(prompt).chunk(3, -1)
         q = _heads(q, width)
