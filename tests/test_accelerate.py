@@ -14,7 +14,7 @@ from test_integration import EVERY_SHAPE, attach, gradients, second
 from test_trainer import adapters
 from torch import nn
 
-from trimtab import LoraConfig, MergeError, PeftModel, TargetError, get_peft_model
+from trimtab import LoraConfig, MergeError, PeftModel, PromptTuningConfig, TargetError, get_peft_model
 
 # Its hooks, as every model on several devices has them (`device_map`): they replace forward on the instance
 
@@ -98,6 +98,7 @@ def test_a_patched_forward_is_refused() -> None:
     own = layer.forward
     layer.forward = lambda x: own(x)
     assert same_bits(run(model, inputs), expected)
+    assert same_bits(run(model.unload(), inputs), run(models.llama().model, inputs))
 
 
 # Its Accelerator
@@ -151,3 +152,37 @@ def test_accelerate_in_mixed_precision(accelerator: Callable[..., Any], tmp_path
     assert not same_bits(low, active)
     assert (low - active).norm() < 0.05 * active.norm()
     assert same_bits(run(helper.unwrap_model(prepared, keep_fp32_wrapper=False), inputs), active)
+
+
+def test_what_acts_on_the_model_s_input_survives_mixed_precision(accelerator: Callable[..., Any]) -> None:
+    """accelerate puts a forward on the model itself, which is the site of such an adapter."""
+    model, inputs = models.llama()
+    base = run(model, inputs)
+    get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    active = run(model, inputs)
+    far(active, base)
+    helper = accelerator(mixed_precision="bf16")
+    prepared = helper.prepare(model)
+    low = run(prepared, inputs)
+    assert not same_bits(low, active)
+    assert (low - active).norm() < 0.05 * active.norm()
+    assert same_bits(run(helper.unwrap_model(prepared, keep_fp32_wrapper=False), inputs), active)
+    helper.prepare(model)
+    low = run(model.unload(), inputs)  # still wrapped
+    assert not same_bits(low, base)
+    assert (low - base).norm() < 0.05 * base.norm()
+
+
+def test_a_model_in_mixed_precision_takes_no_adapter_on_its_input(accelerator: Callable[..., Any]) -> None:
+    """It would be passed by. Adapters inside are reached as before."""
+    model, inputs = models.llama()
+    accelerator(mixed_precision="bf16").prepare(model)
+    with pytest.raises(TargetError, match="The model has a forward of its own"):
+        get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert not isinstance(model, PeftModel)
+    low = run(model, inputs)
+    far(run(*attach(Tiny(model, inputs))), low)
+    del model.forward
+    model.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model.set_adapter("prompt")
+    far(run(model, inputs), run(models.llama().model, inputs))

@@ -1,6 +1,7 @@
 """Merging where it could go wrong: tied weights, broken adapters, models that move, and the order of the verbs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -213,3 +214,22 @@ def test_the_state_dict_of_a_merged_model_has_the_same_keys() -> None:
     keys = list(model.state_dict())
     model.merge_adapter()
     assert list(model.state_dict()) == keys
+
+
+def test_a_model_read_from_gguf_can_be_saved_once_merged(tmp_path: Path) -> None:
+    """transformers marks it as quantized, though its weights are floats: what counts is the layers, not the mark."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    model, inputs = models.llama()
+    model.config.quantization_config = GgufConfig()
+    quantizer = SimpleNamespace(quantization_config=model.config.quantization_config)
+    model.is_quantized, model.hf_quantizer, model.quantization_method = True, quantizer, "gguf"
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "refused")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))
+    randomise(adapted)
+    active = run(adapted, inputs)
+    merged = adapted.merge_and_unload()  # without a warning about rounding, which would be an error here
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    close(run(loaded, inputs), active)

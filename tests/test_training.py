@@ -1,6 +1,7 @@
 """Training: what a run leaves behind, when it stops, and how the two trainers read checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,23 @@ def test_a_saved_adapter_that_predicts_otherwise_is_an_error(recipe: Path, monke
         train(changed(recipe), silent)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Path) -> None:
-    """Adam would hide a wrong scale; plain descent shows it."""
-    sums = ["training.optim=sgd", "training.warmup_steps=0"]
-    whole = saved(train(changed(recipe, *sums, "training.batch_size=6"), silent).folder)
+def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Path, bert: Path, tmp_path: Path) -> None:
+    """Adam and clipping would hide a wrong scale; plain descent shows it."""
+    settings = json.loads((bert / "config.json").read_text(encoding="utf-8"))
+    still = settings | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    shutil.copytree(bert, tmp_path / "still")
+    (tmp_path / "still" / "config.json").write_text(json.dumps(still), encoding="utf-8")
+    plain = [
+        f"model={tmp_path / 'still'}",
+        "training.optim=sgd",
+        "training.warmup_steps=0",
+        "training.max_grad_norm=1e9",
+    ]
     parts = ["training.batch_size=2", "training.gradient_accumulation_steps=3", "output=parts"]
-    split = saved(train(changed(recipe, *sums, *parts), silent).folder)
+    whole = saved(train(changed(recipe, *plain, "training.batch_size=6"), silent).folder)
+    accumulated = saved(train(changed(recipe, *plain, *parts), silent).folder)
     for name, value in whole.items():
-        torch.testing.assert_close(split[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(accumulated[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_training_passes_its_own_check(recipe: Path) -> None:

@@ -47,7 +47,7 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False) 
             try:
                 _fold(site, chosen, safe)
             except MergeError as error:
-                raise MergeError(f"{path}: {error}") from None
+                raise MergeError(f"{path or type(model).__name__}: {error}") from None
     except BaseException:
         _restore(own)
         raise

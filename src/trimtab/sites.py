@@ -82,11 +82,14 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
 
         @functools.wraps(original.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return mixed(self, *args, **kwargs)
+            # Whoever has wrapped this function may call it when the adapters are gone.
+            call = mixed if isinstance(self, mixin) else original.forward
+            return call(self, *args, **kwargs)
 
+        # accelerate unwraps as long as there is something inside, and would go past the adapters.
+        del forward.__wrapped__
         signature = inspect.signature(original.forward)
-        if mixin.more:
-            forward.__signature__ = _with_more(signature, mixin.more)  # type: ignore[attr-defined]
+        forward.__signature__ = _with_more(signature, mixin.more)  # type: ignore[attr-defined]
         namespace |= {"forward": forward, "_arguments": tuple(signature.parameters)[1:]}
     namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
@@ -264,14 +267,17 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
         raise TargetError(f"modules_to_save: {name} takes the virtual tokens of another adapter. Save parts of it.")
     if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
         raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
-    if isinstance(adapter, InputAdapter):
-        return
     if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented":
         raise TargetError(f"{name} is a {type(module).__name__}, which is never called. Name the modules inside it.")
     if "forward" in vars(module) and not any(_is_own(module, name) for name in FORWARDS):
-        raise TargetError(f"{name} has a forward of its own instead of its class's: patch it after attaching adapters.")
+        raise TargetError(
+            f"{name or 'The model'} has a forward of its own, which would pass by the adapter (accelerate puts one "
+            "there for mixed precision). Take it away with `del module.forward`, or patch it after attaching adapters."
+        )
     if weights.is_sharded(module):
         raise TargetError(f"{name} is sharded, and the new adapter would not be. Attach adapters before sharding.")
+    if isinstance(adapter, InputAdapter):
+        return
     meta = torch.get_default_device().type != "meta" and any(value.is_meta for value in adapter.parameters())
     if (meta or adapter.replacement is not None) and any(weights.is_offloaded(part) for part in module.modules()):
         raise TargetError(f"{name} is offloaded, so there are no values to train a copy of. Load the model whole.")
