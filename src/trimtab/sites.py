@@ -192,7 +192,6 @@ class InputSite(AnySite):
             result = adapter.outputs(self, given, result)
         return result
 
-
     def own(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments that are the module's: without those that are for adapters alone."""
         return {name: value for name, value in given.items() if name not in self.more}
