@@ -320,7 +320,7 @@ def test_lora_acts_beside_a_prompt_and_a_second_prompt_does_not() -> None:
     with pytest.raises(AdapterError, match=r"\['default', 'prefix'\] all put virtual tokens before the input"):
         model.set_adapter(["default", "prefix", "lora"])
     assert model.active_adapters == ["default", "lora"]
-    with pytest.raises(MergeError, match="Prompt changes what goes into the model"):
+    with pytest.raises(MergeError, match="Prompt changes what goes into a module"):
         model.merge_adapter()
     model.merge_adapter(["lora"])
     torch.testing.assert_close(model(**inputs).logits, both, **TOLERANCE)

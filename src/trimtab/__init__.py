@@ -31,11 +31,13 @@ from .methods.bottleneck import BottleneckConfig
 from .methods.compacter import CompacterConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
+from .methods.llama_adapter import AdaptionPromptConfig
 from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
 from .methods.loreft import LoReftConfig
+from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
@@ -55,6 +57,7 @@ __all__ = [
     "AdaLoraConfig",
     "Adapter",
     "AdapterError",
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -78,6 +81,8 @@ __all__ = [
     "LoReftConfig",
     "LoraConfig",
     "MergeError",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "OFTConfig",
     "PartialTargetWarning",
     "PeftConfig",

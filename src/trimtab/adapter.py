@@ -1,6 +1,6 @@
 """The contract: what a method gives (`Adapter`, one per site) and how it is configured (`PeftConfig`).
 
-Methods that change what goes into the model as a whole give an `InputAdapter`, whose site is the model itself.
+Methods that change what goes into attention, or into the model as a whole, give an `InputAdapter`.
 """
 
 import json
@@ -98,17 +98,18 @@ class Adapter(nn.Module):
 
 
 class InputAdapter(Adapter):
-    """The weights of one adapter of the model as a whole, and how they change what goes in and comes out.
+    """The weights of one adapter that acts on all arguments and results of a module, not on one input and output.
 
-    Its site is a module that is called with keyword arguments: the root of the model (module name ""), or a large
-    part of it. With f the site's own forward and `given` its arguments by name, the site returns
+    Its site is the root of the model (module name ""), or a large part of it, such as attention. With f the site's
+    own forward and `given` its arguments by name, an active adapter makes the site return
 
         outputs(site, given, f(**inputs(site, given)))
-
-    Its keys in HF PEFT's files are whole keys, without a module's name.
     """
 
-    looks_only: ClassVar[bool] = False  # it changes nothing, so it can act beside others
+    hf_wraps: ClassVar[bool] = False
+    hf_flat: ClassVar[bool] = False  # its keys in HF PEFT's files have no module's name before them
+    alone: ClassVar[bool] = False  # only one adapter with such a part can act at a time
+    site: ClassVar[Any] = None  # a kind of sites.InputSite, for what is called with more arguments than before
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments in place of `given`. Must return new ones, never change `given` in place."""
@@ -120,7 +121,7 @@ class InputAdapter(Adapter):
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         raise MergeError(
-            f"{type(self).__name__} changes what goes into the model, and no weight can do that. "
+            f"{type(self).__name__} changes what goes into a module, and no weight can do that. "
             "Keep the adapter attached instead."
         )
 

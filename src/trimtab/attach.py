@@ -29,10 +29,8 @@ class Trunk:
         there = {path: site.adapters for path, site in self.sites.items()}
         return {path: cast(Adapter, adapters[name]) for path, adapters in there.items() if name in adapters}
 
-    def changes_input(self, name: str) -> bool:
-        return any(
-            isinstance(adapter, InputAdapter) and not adapter.looks_only for adapter in self.adapters(name).values()
-        )
+    def stands_alone(self, name: str) -> bool:
+        return any(isinstance(adapter, InputAdapter) and adapter.alone for adapter in self.adapters(name).values())
 
 
 def trunk(model: nn.Module) -> Trunk:
@@ -115,7 +113,7 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
         for path, adapter in own.adapters(name).items():
             if adapter.replacement is not None and (other := replaced.setdefault(path, name)) != name:
                 raise AdapterError(f"{other!r} and {name!r} both replace {path}: they cannot act together.")
-    prompts = [name for name in dict.fromkeys(names) if own.changes_input(name)]
+    prompts = [name for name in dict.fromkeys(names) if own.stands_alone(name)]
     if len(prompts) > 1:
         raise AdapterError(
             f"{prompts} all put virtual tokens before the input, where each was trained to stand alone. Activate one "

@@ -16,6 +16,7 @@ from . import attach
 from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import ConfigError, TargetError
 from .methods import METHODS
+from .prompts import PromptLearningConfig
 from .targets import PartialTargetWarning, TargetConfig
 
 PROBES = {
@@ -108,8 +109,8 @@ def _entry(name: str, config: type[PeftConfig]) -> Entry:
     start = re.match(r"([^(:]+?)(?: \((.*?)\))?[:.] *(.*)", text, re.S)
     assert start is not None, f"{config.__module__} says nothing of itself"
     kind = _adapter(config)
-    inputs = issubclass(kind, InputAdapter)
-    merges = not inputs and kind.merged is not Adapter.merged
+    inputs = issubclass(config, PromptLearningConfig)
+    merges = kind.merged not in (Adapter.merged, InputAdapter.merged)
     return Entry(name, config, start[1], start[2] or "", start[3].strip(), _fits(config, inputs), merges, inputs)
 
 
@@ -126,8 +127,8 @@ def _adapter(config: type[PeftConfig]) -> type[Adapter]:
 
 
 def _fits(config: type[PeftConfig], inputs: bool) -> str:
-    if inputs or not issubclass(config, TargetConfig):
-        return "the model's input"
+    if not issubclass(config, TargetConfig):
+        return "the model's input" if inputs else "attention"
     example = config(**config.example)
     assert isinstance(example, TargetConfig)
     return ", ".join(kind for kind, module in PROBES.items() if example.fits(module))

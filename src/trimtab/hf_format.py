@@ -22,7 +22,7 @@ def keys(adapters: Mapping[str, Adapter], root: str) -> dict[tuple[str, str], st
     owner: dict[int, str] = {}  # of an adapter that several sites share, the first
     for path, adapter in adapters.items():
         at = owner.setdefault(id(adapter), path)
-        before = "" if isinstance(adapter, InputAdapter) else f"{root}{_path(at, adapters)}."
+        before = "" if isinstance(adapter, InputAdapter) and adapter.hf_flat else f"{root}{_path(at, adapters)}."
         for name in adapter.state_dict():
             found[path, name] = adapter.hf_shared.get(name) or before + adapter.hf_key(name)
     return found
@@ -34,7 +34,7 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
     for depth, part in enumerate(parts, 1):
         written.append(part)
         outer = adapters.get(".".join(parts[:depth])) if depth < len(parts) else None
-        if outer is not None and outer.hf_wraps and not isinstance(outer, InputAdapter):
+        if outer is not None and outer.hf_wraps:
             written.append("base_layer")
     return ".".join(written)
 

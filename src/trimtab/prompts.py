@@ -26,7 +26,9 @@ class VirtualTokens(InputAdapter):
     passes over, so that training can go on; a file without them gives an adapter without an encoder.
     """
 
+    hf_flat: ClassVar[bool] = True
     hf_computed: ClassVar[tuple[str, ...]] = (FLAT,)
+    alone: ClassVar[bool] = True
     encoder: nn.Module | None
 
     def __init__(self, embedding: nn.Parameter, tokens: int, encoder: nn.Module | None = None) -> None:
@@ -91,7 +93,7 @@ class Prompt(VirtualTokens):
                 raise AdapterError("Virtual tokens go before input_ids of shape (batch, length), or inputs_embeds.")
             embeds = site.get_input_embeddings()(ids)  # type: ignore[operator]  # (B, T, D)
         rows, length = embeds.shape[:2]
-        virtual = self()[: self.tokens].to(embeds).expand(rows, -1, -1)
+        virtual = self.virtual(rows, given).to(embeds)
         new = {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
         mask = given.get("attention_mask")
         # A decoder beside reads the same mask, so at the root `WiderMask` has widened it for both.
@@ -107,6 +109,11 @@ class Prompt(VirtualTokens):
                 raise AdapterError(f"labels {tuple(labels.shape)} do not fit the tokens {(rows, length)}, one for one.")
             new["labels"] = _before(labels, self.tokens, -100)
         return named(site, new)
+
+    def virtual(self, rows: int, given: dict[str, Any]) -> Tensor:
+        """What goes before the embeddings: (B, P, D)."""
+        numbers: Tensor = self()
+        return numbers[: self.tokens].expand(rows, -1, -1)
 
     def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
         if self.feeds_decoder or not isinstance(result, Mapping):
@@ -182,7 +189,7 @@ class PromptLearningConfig(SavedModulesConfig):
     """
 
     hf_root: ClassVar[str] = "base_model."
-    hf_prefix: ClassVar[str] = "prompt_"
+    hf_prefix: ClassVar[str] = FLAT
 
     num_virtual_tokens: int | None = Field(None, ge=1)
     token_dim: int | None = Field(None, ge=1)

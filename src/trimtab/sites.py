@@ -33,6 +33,7 @@ class Swapped:
 
     _original: ClassVar[type[nn.Module]]  # the class to go back to
     _mixin: ClassVar[type["Swapped"]]
+    more: ClassVar[tuple[str, ...]] = ()  # arguments that forward takes beside those of the module
 
     @classmethod
     def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -75,8 +76,9 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
     copied = ("__module__", "__qualname__", "__doc__")
     namespace: dict[str, Any] = {name: getattr(original, name) for name in copied}
     namespace |= {"_mixin": mixin, "_original": original}
-    if "forward" in vars(mixin):
-        mixed: Callable[..., Any] = vars(mixin)["forward"]
+    own = [cls for cls in mixin.__mro__ if issubclass(cls, Swapped) and "forward" in vars(cls)]
+    if own:
+        mixed: Callable[..., Any] = vars(own[0])["forward"]
 
         @functools.wraps(original.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -86,10 +88,19 @@ def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module
 
         # accelerate unwraps as long as there is something inside, and would go past the adapters.
         del forward.__wrapped__
-        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
-        namespace |= {"forward": forward, "_arguments": tuple(inspect.signature(original.forward).parameters)[1:]}
+        signature = inspect.signature(original.forward)
+        forward.__signature__ = _with_more(signature, mixin.more)  # type: ignore[attr-defined]
+        namespace |= {"forward": forward, "_arguments": tuple(signature.parameters)[1:]}
     namespace |= mixin.namespace(original)
     return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
+
+
+def _with_more(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:
+    """The signature with optional keyword arguments more: `generate` and Trainer pass on what it names."""
+    old = list(signature.parameters.values())
+    new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    last = len(old) - (old[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return signature.replace(parameters=[*old[:last], *new, *old[last:]])
 
 
 def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
@@ -170,16 +181,20 @@ class InputSite(AnySite):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stack = cast(list[InputAdapter], self.acting(on_input=True))
         if not stack:
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **self.own(kwargs))
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         calls = []
         for adapter in reversed(stack):
             calls.append((adapter, given))
             given = adapter.inputs(self, given)
-        result = super().forward(**given)
+        result = super().forward(**self.own(given))
         for adapter, given in reversed(calls):
             result = adapter.outputs(self, given, result)
         return result
+
+    def own(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that are the module's: without those that are for adapters alone."""
+        return {name: value for name, value in given.items() if name not in self.more}
 
 
 class ReadSite(AnySite):
@@ -276,7 +291,11 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
 
 def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":
     """Put an adapter at a module, making a site of it where it is none yet."""
-    mixin = InputSite if isinstance(adapter, InputAdapter) else ReadSite if is_read(module, parent) else Site
+    mixin: type[AnySite] = ReadSite if is_read(module, parent) else Site
+    if isinstance(adapter, InputAdapter):
+        mixin = adapter.site or InputSite
+        if not isinstance(module, mixin):
+            swap_out(module, InputSite)  # two of them would call the adapters twice
     if not isinstance(module, mixin):
         swap_in(module, mixin)
     assert isinstance(module, AnySite)
@@ -293,5 +312,6 @@ def remove(module: AnySite, name: str) -> None:
     if not len(module.adapters):
         for attribute in ("adapters", "_active"):
             delattr(module, attribute)
-        for mixin in (Site, InputSite, ReadSite):
-            swap_out(module, mixin)
+        for mixin in lineage(type(module))[0]:
+            if issubclass(mixin, AnySite):
+                swap_out(module, mixin)

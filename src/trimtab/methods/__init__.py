@@ -8,11 +8,13 @@ from .bottleneck import BottleneckConfig
 from .compacter import CompacterConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
+from .llama_adapter import AdaptionPromptConfig
 from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoraConfig
 from .loreft import LoReftConfig
+from .multitask_prompt_tuning import MultitaskPromptTuningConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
@@ -28,11 +30,13 @@ METHODS: dict[str, type[PeftConfig]] = {
     "compacter": CompacterConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
+    "llama_adapter": AdaptionPromptConfig,
     "ln_tuning": LNTuningConfig,
     "loha": LoHaConfig,
     "lokr": LoKrConfig,
     "lora": LoraConfig,
     "loreft": LoReftConfig,
+    "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,

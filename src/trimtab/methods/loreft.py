@@ -24,8 +24,6 @@ from .bottleneck import parts, width
 class Prompt(InputAdapter):
     """At the root of the model: what a call says of its positions. Trains nothing."""
 
-    looks_only: ClassVar[bool] = True
-
     def __init__(self) -> None:
         super().__init__()
         self.mask: Tensor | None = None  # (B, T), 1 where there is a token; kept for recomputing in the backward pass

@@ -38,6 +38,10 @@ class PromptEncoderConfig(PromptConfig):
     """
 
     peft_type: ClassVar[str] = "P_TUNING"
+    about: ClassVar[str] = (
+        "Prompt tuning whose tokens are tied together by an encoder while training, which steadies it: Liu et al. "
+        "bring GPT-2 to BERT's level on SuperGLUE with it. The encoder costs memory in training only."
+    )
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: int | None = Field(None, ge=1)

@@ -21,17 +21,14 @@ class PromptTuningInit(StrEnum):
     RANDOM = "RANDOM"
 
 
-class PromptTuningConfig(PromptConfig):
-    """Prompt tuning's settings, beside those of all prompts.
+class TextConfig(PromptConfig):
+    """Settings of the prompts that can begin as a text.
 
-    prompt_tuning_init: RANDOM (normal numbers), SAMPLE_VOCAB (embeddings of tokens drawn from the vocabulary) or TEXT
-    (those of prompt_tuning_init_text as tokenizer_name_or_path reads it, repeated or cut to num_virtual_tokens, which
-    is by default the text's own length). tokenizer_kwargs: for the tokenizer's `from_pretrained`.
+    prompt_tuning_init_text: the text, as tokenizer_name_or_path reads it, repeated or cut to num_virtual_tokens, which
+    is by default the text's own length. tokenizer_kwargs: for the tokenizer's `from_pretrained`.
     """
 
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
-
-    prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
+    prompt_tuning_init: str
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
@@ -52,13 +49,12 @@ class PromptTuningConfig(PromptConfig):
             return config.model_copy(update={"num_virtual_tokens": len(self._text())})
         return config
 
-    def prompt(self, table: nn.Embedding, rows: int) -> Prompt:
+    def beginning(self, table: nn.Embedding, rows: int) -> nn.Parameter:
+        """New virtual tokens (rows, D); without values where they are to be read from a file."""
         values = weights.new_parameter(table, rows, table.embedding_dim)
-        if values.is_meta:  # to be read from a file
-            return Prompt(values, self.num_virtual_tokens or rows)
-        if self.prompt_tuning_init == PromptTuningInit.RANDOM:
+        if self.prompt_tuning_init not in (PromptTuningInit.TEXT, PromptTuningInit.SAMPLE_VOCAB):
             nn.init.normal_(values)
-        else:
+        elif not values.is_meta:
             ids = torch.randint(table.num_embeddings, (rows,))
             if self.prompt_tuning_init == PromptTuningInit.TEXT:
                 text = self._text()
@@ -67,9 +63,28 @@ class PromptTuningConfig(PromptConfig):
                     raise ConfigError(f"{self.tokenizer_name_or_path} has more tokens than the model has embeddings.")
             with torch.no_grad():
                 values.copy_(table(ids.to(values.device)))
-        return Prompt(values, self.num_virtual_tokens or rows)
+        return values
 
     def _text(self) -> list[int]:
         assert self.prompt_tuning_init_text is not None
         assert self.tokenizer_name_or_path is not None
         return tokens.read(self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs or {})
+
+
+class PromptTuningConfig(TextConfig):
+    """Prompt tuning's settings, beside those of all prompts.
+
+    prompt_tuning_init: RANDOM (normal numbers), SAMPLE_VOCAB (embeddings of tokens drawn from the vocabulary) or TEXT.
+    """
+
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    about: ClassVar[str] = (
+        "Among the fewest parameters of all. Lester et al. find it on a par with full fine-tuning from about ten "
+        "billion parameters on, and well behind on small models. It wants a large learning rate (the paper's is 0.3) "
+        "and many steps; starting from real tokens or a text helps."
+    )
+
+    prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
+
+    def prompt(self, table: nn.Embedding, rows: int) -> Prompt:
+        return Prompt(self.beginning(table, rows), self.num_virtual_tokens or rows)
