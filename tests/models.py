@@ -254,14 +254,20 @@ class Quantized(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
-def quantized4(quant_type: str = "nf4", compress_statistics: bool = True) -> Tiny:
-    """bitsandbytes' 4-bit layers, as QLoRA uses them; moving them to a device packs them."""
+def quantized4(quant_type: str = "nf4", compress_statistics: bool = True, repacks: bool = False) -> Tiny:
+    """bitsandbytes' 4-bit layers, as QLoRA uses them; moving them to a device packs them.
+
+    With `repacks` they are packed another way at their first evaluation, which bitsandbytes does by itself on
+    processors with AVX512-BF16, and computed with in bfloat16.
+    """
     import bitsandbytes as bnb
 
     def linear(into: int, out: int) -> nn.Module:
-        return bnb.nn.Linear4bit(
+        layer = bnb.nn.Linear4bit(
             into, out, compute_dtype=torch.float32, quant_type=quant_type, compress_statistics=compress_statistics
         )
+        layer.support_avx512bf16_for_cpu = repacks
+        return layer
 
     torch.manual_seed(0)
     return Tiny(Quantized(linear).to("cpu").eval(), {"x": torch.randn(4, 64)})

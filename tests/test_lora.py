@@ -12,7 +12,7 @@ from models import Tiny, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab import ConfigError, LoraConfig, QuantizedMergeWarning, get_peft_model
+from trimtab import ConfigError, LoraConfig, QuantizedMergeWarning, get_peft_model, weights
 
 X = torch.float64  # oracles compute exactly; the library is tested in float32
 
@@ -428,8 +428,9 @@ def test_a_quantized_layer_computes_with_its_dequantized_weight(build: Any) -> N
     pytest.importorskip("bitsandbytes")
     tiny = build()
     W, x = dense(tiny.model.first), tiny.inputs["x"]
-    plain = tiny.model.first(x).detach()
     model, _ = quantized_lora(tiny)
+    with model.disable_adapter():
+        plain = model.first(x).detach()
     adapter = model.first.adapters["default"]
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     y = model.first(x).detach()
@@ -442,7 +443,6 @@ def test_a_quantized_layer_computes_with_its_dequantized_weight(build: Any) -> N
 def test_training_on_quantized_layers(build: Any) -> None:
     pytest.importorskip("bitsandbytes")
     model, inputs = quantized_lora(build())
-    model.train()  # in eval mode the first call may pack weights anew
     before = stored(model)
     model(**inputs).square().sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
@@ -450,6 +450,37 @@ def test_training_on_quantized_layers(build: Any) -> None:
     }
     assert model.first.adapters["default"].A.grad.norm() > 0
     assert all(same_bits(value, before[name]) for name, value in stored(model).items() if name in before)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_weights_packed_for_inference_are_unpacked_while_adapters_are_attached(nested: bool) -> None:
+    """Some processors pack 4-bit weights at the first evaluation, rounding scales, and no gradient passes then."""
+    bnb = pytest.importorskip("bitsandbytes")
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("this processor does not pack 4-bit weights for inference")
+    tiny = models.quantized4(compress_statistics=nested, repacks=True)
+    W = {name: dense(layer) for name, layer in tiny.model.named_children() if name != "head"}
+    packed = run(tiny.model, tiny.inputs)
+    before = stored(tiny.model)
+    model, inputs = quantized_lora(tiny)
+    run(model, inputs)
+    model(**inputs).square().sum().backward()  # in eval mode
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    h = inputs["x"]
+    for name, weight in W.items():
+        layer, read = model.get_submodule(name), weights.read(model.get_submodule(name))
+        assert (read - weight).norm() < 2**-8 * weight.norm()  # its scales are bfloat16 by now
+        adapter = layer.adapters["default"]
+        h = torch.tanh(h @ (read + 6 / 4 * adapter.B @ adapter.A).T + layer.bias)
+    model.head(h).square().sum().backward()
+    assert len(found) == 4
+    for name, gradient in found.items():
+        close(gradient, model.get_parameter(name).grad)
+    model.unload()
+    assert same_bits(run(model, inputs), packed)
+    after = stored(model)
+    assert all(same_bits(after[name], value) for name, value in before.items())
 
 
 @quantized

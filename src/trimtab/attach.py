@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import sites
+from . import sites, weights
 from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import AdapterError, did_you_mean
 from .sites import Active, AnySite
@@ -22,6 +22,7 @@ class Trunk:
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     sites: dict[str, AnySite] = field(default_factory=dict)  # by module name
     trainable: set[str] = field(default_factory=set)  # base parameters that were trainable before
+    repacking: list[str] = field(default_factory=list)  # modules whose weights were repacked for inference before
     resting: tuple[str, ...] = ()  # what acted before `disable_adapters`
 
     def adapters(self, name: str) -> dict[str, Adapter]:
@@ -84,6 +85,7 @@ def install(model: nn.Module, made: Plan) -> None:
     """Attach what `plan` built. The first adapter freezes the base."""
     if "_trunk" not in vars(model):
         own = Trunk(trainable={name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        own.repacking = [name for name, module in model.named_modules() if weights.stop_repacking(module)]
         model.requires_grad_(False)
         object.__setattr__(model, "_trunk", own)
     own = trunk(model)
@@ -159,6 +161,8 @@ def detach(model: nn.Module) -> None:
         delete(model, name)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in own.trainable)
+    for name in own.repacking:
+        weights.allow_repacking(model.get_submodule(name))
     object.__delattr__(model, "_trunk")
 
 

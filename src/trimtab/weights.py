@@ -200,23 +200,45 @@ def mix(site: nn.Module, h: Tensor, weight: Tensor) -> Tensor:
 # bitsandbytes is imported only where one of its parameters has been met, so it is there.
 
 
+def stop_repacking(module: nn.Module) -> bool:
+    """Keep a layer's 4-bit weight in the packing that gradients pass; whether that had to be asked for.
+
+    On processors with AVX512-BF16 bitsandbytes packs it another way at the first evaluation, and from then on a
+    backward pass fails, or where the layer has no bias leaves gradients out without a word.
+    """
+    if not vars(module).get(REPACKS):
+        return False
+    setattr(module, REPACKS, False)
+    weight: Any = module._parameters["weight"]
+    weight.data, weight.quant_state = _packed_for_all(weight)
+    return True
+
+
+def allow_repacking(module: nn.Module) -> None:
+    setattr(module, REPACKS, True)
+
+
+REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' name
+
+
+def _packed_for_all(weight: Any) -> tuple[Tensor, Any]:
+    data, state = weight.data, weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return data, state
+    from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse as unpack
+
+    state = copy.copy(state)  # `unpack` writes to it
+    state.original_nested = False  # the scales are plain by now, and compressing them again would round them
+    data, state = unpack(data, state)
+    state.absmax = state.absmax.T.flatten().float()  # which `unpack` leaves as they were
+    return data, state
+
+
 def _read_4bit(weight: Any) -> Tensor:
     import bitsandbytes.functional as bnb
 
-    data, state = weight.data, weight.quant_state
-    if _is_repacked(state):
-        from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse as unpack
-
-        state = copy.copy(state)  # `unpack` writes to it
-        state.original_nested = False  # the scales are plain by now, and compressing them again would round them
-        data, state = unpack(data, state)
-    dense: Tensor = bnb.dequantize_4bit(data, state)
+    dense: Tensor = bnb.dequantize_4bit(*_packed_for_all(weight))
     return dense
-
-
-def _is_repacked(state: Any) -> bool:
-    """Some processors pack 4-bit weights another way, at the first forward pass."""
-    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def _like_4bit(old: Any, weight: Tensor) -> nn.Parameter:
@@ -224,7 +246,7 @@ def _like_4bit(old: Any, weight: Tensor) -> nn.Parameter:
 
     state = old.quant_state
     new = Params4bit(
-        weight.to(state.original_dtype if _is_repacked(state) else state.dtype).contiguous(),
+        weight.to(state.dtype).contiguous(),
         requires_grad=False,
         blocksize=old.blocksize,
         compress_statistics=old.compress_statistics,

@@ -18,10 +18,6 @@ def load(auto: Any, model: str, config: Any, quantization: Quantization) -> tupl
     found, fresh = _load(auto, model, config, quantization, [])
     if fresh and quantization != "none":  # the new modules were quantized as well, but they are to be trained
         found, fresh = _load(auto, model, config, quantization, fresh)
-    for module in found.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Some processors repack 4-bit weights at the first evaluation; gradients no longer pass them then.
-            module.support_avx512bf16_for_cpu = False
     return found, fresh
 
 
