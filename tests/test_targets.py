@@ -266,6 +266,11 @@ def test_a_list_that_matches_in_part_warns_and_names_the_rest(setting: str) -> N
     assert len({str(warning.message) for warning in seen}) == 1
 
 
+def test_a_list_that_matches_in_part_offers_what_is_closest() -> None:
+    with pytest.warns(PartialTargetWarning, match=r"\['v_prj'\] match no module of LlamaForCausalLM. Closest: v_proj"):
+        get_peft_model(models.llama().model, LoraConfig(target_modules=["q_proj", "v_prj"]))
+
+
 def test_a_second_adapter_that_means_nothing_leaves_the_first_alone() -> None:
     model, inputs = models.mlp()
     get_peft_model(model, LoraConfig(r=2, target_modules=["first"]))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from trimtab import LoraConfig, PeftModel, Trainer, files, get_peft_model, run
 from trimtab import recipe as recipes
-from trimtab.errors import CheckpointError, ConfigError, TargetError, TrimtabError
-from trimtab.training import TrainingError, train
+from trimtab.errors import CheckpointError, ConfigError, TargetError, TrainingError, TrimtabError
+from trimtab.training import train
 
 
 def silent(line: str) -> None:

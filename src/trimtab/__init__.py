@@ -20,6 +20,7 @@ from .errors import (
     MergeError,
     RecipeError,
     TargetError,
+    TrainingError,
     TrimtabError,
 )
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
@@ -98,6 +99,7 @@ __all__ = [
     "TaskType",
     "TrainableTokensConfig",
     "Trainer",
+    "TrainingError",
     "TrimtabError",
     "VeraConfig",
     "get_peft_model",

@@ -7,7 +7,8 @@
     ├── AdapterError      an adapter name that exists already, or does not exist
     ├── MergeError        weights that cannot be folded into the base
     ├── CheckpointError   a folder that holds no adapter, or one that does not fit this model
-    └── DataError         a data file that cannot be read, or holds nothing to learn from
+    ├── DataError         a data file that cannot be read, or holds nothing to learn from
+    └── TrainingError     a run that cannot come to anything: a loss that is no number, weights that never change
 
 All of them are `ValueError`s. A message says which rule was broken, by which value, and what to do next.
 """
@@ -47,6 +48,10 @@ class CheckpointError(TrimtabError):
 
 
 class DataError(TrimtabError):
+    pass
+
+
+class TrainingError(TrimtabError):
     pass
 
 

@@ -289,15 +289,15 @@ def _select(
     else:
         found = [name for name in modules if any(alike(entry, name) for entry in wanted)]
         unmatched = [entry for entry in wanted if not any(alike(entry, name) for name in found)]
+    hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, modules)))
+    offer = f" Closest: {', '.join(hints)}." if hints else ""
     if not found:
-        hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, modules)))
-        offer = f" Closest: {', '.join(hints)}." if hints else ""
         raise TargetError(
             f"{setting}={wanted!r} matches no module of {type(model).__name__}.{offer} "
             "The command `trimtab targets MODEL` lists what there is."
         )
     if unmatched:
-        warn(f"{setting}: {unmatched} match no module of {type(model).__name__}.", PartialTargetWarning)
+        warn(f"{setting}: {unmatched} match no module of {type(model).__name__}.{offer}", PartialTargetWarning)
     return found
 
 

