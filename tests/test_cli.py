@@ -98,7 +98,7 @@ def test_train_shows_rows_and_scores(recipe: Path, capsys: pytest.CaptureFixture
 def test_predict_shows_each_class(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trimtab("predict", done, "the film was good", "the meal is [bold] dull") == 0
     head, good, dull = capsys.readouterr().out.splitlines()
-    assert head.split() == ["text", "blame", "praise"]
+    assert head.split() == ["input", "blame", "praise"]
     assert good.startswith("the film was good  ")
     assert dull.startswith("the meal is [bold] dull  ")  # markup in a text is text
     assert sum(map(float, good.split()[-2:])) == pytest.approx(1, abs=2e-3)

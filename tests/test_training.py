@@ -89,8 +89,8 @@ def test_training_again_into_a_folder_replaces_the_run(recipe: Path) -> None:
 def test_what_is_loaded_predicts_what_was_trained(recipe: Path) -> None:
     found = run.load(train(changed(recipe, "training.epochs=8", "method.r=8"), silent).folder)
     answers = found.task.predict(found.model, ["the film was good", "the film was bad"])
-    assert [max(answer, key=answer.__getitem__) for answer in answers] == ["praise", "blame"]
-    assert all(sum(answer.values()) == pytest.approx(1) for answer in answers)
+    assert [answer["label"] for answer in answers] == ["praise", "blame"]
+    assert all(sum(answer["probabilities"].values()) == pytest.approx(1) for answer in answers)
 
 
 def test_a_saved_adapter_that_predicts_otherwise_is_an_error(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_merging_gives_a_plain_model_with_equal_outputs(recipe: Path, tmp_path: 
     assert type(plain).__name__ == "BertForSequenceClassification"
     texts = [review(i)[0] for i in range(6)]
     for one, other in zip(found.task.predict(plain, texts), found.task.predict(found.model, texts), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
 
 
 def test_a_merge_that_changes_outputs_leaves_nothing(

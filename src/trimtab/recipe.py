@@ -29,7 +29,8 @@ from .errors import ConfigError, RecipeError
 from .methods import METHODS
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
-from .tasks.task import Quantization, RecipePath
+from .tasks.models import Quantization
+from .tasks.task import RecipePath
 
 SHORT = {
     "epochs": "num_train_epochs",
@@ -109,7 +110,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     except ValidationError as error:
         raise _first(file, error) from None
     file.check_choice(("task",), recipe.task, TASKS)
-    file.check_keys(("data", "columns"), TASKS[recipe.task].columns)
+    file.check_keys(("data", "columns"), TASKS[recipe.task].usual)
     _check_method(file, recipe)
     recipe.training = _training(file, recipe.training)
     if (path.absolute().parent / recipe.model).is_dir():

@@ -1,5 +1,6 @@
 """What a run came to, and what it predicts, as tables."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,14 +27,24 @@ def summary(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def predictions(inputs: Sequence[Any], answers: Sequence[dict[str, float]]) -> Table:
-    """Each input (a text, or a pair) with the probability of each class, the likeliest in bold."""
-    table = Table("text", *answers[0], box=None, padding=(0, 2, 0, 0))
-    for text, answer in zip(inputs, answers, strict=True):
-        best = max(answer.values())
-        shown = (f"[bold]{value:.3f}[/bold]" if value == best else f"{value:.3f}" for value in answer.values())
-        table.add_row(escape(" / ".join(text) if isinstance(text, tuple) else text), *shown)
+def predictions(inputs: Sequence[Any], answers: Sequence[dict[str, Any]]) -> Table:
+    """Each input with its answer; of classes all probabilities, the likeliest in bold."""
+    classes = answers[0].get("probabilities")
+    table = Table("input", *(classes or answers[0]), box=None, padding=(0, 2, 0, 0))
+    for given, answer in zip(inputs, answers, strict=True):
+        shown = [escape(_plain(value)) for value in answer.values()]
+        if classes:
+            best = answer["label"]
+            found = answer["probabilities"].items()
+            shown = [f"[bold]{value:.3f}[/bold]" if label == best else f"{value:.3f}" for label, value in found]
+        table.add_row(escape(" / ".join(given) if isinstance(given, tuple) else str(given)), *shown)
     return table
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def size(number: int) -> str:

@@ -45,12 +45,12 @@ def load(folder: Path) -> Run:
 
 
 def logits(model: Any, batch: dict[str, Any]) -> Any:
-    """The model's logits for a batch, as a float32 tensor on the CPU."""
+    """All of the model's logits for a batch, as a flat float32 tensor on the CPU."""
     import torch
 
     with torch.inference_mode():
-        found = model.eval()(**{name: value.to(model.device) for name, value in batch.items()}).logits
-    return found.float().cpu()
+        found = model.eval()(**{name: value.to(model.device) for name, value in batch.items()})
+    return torch.cat([found[name].flatten() for name in found if name.endswith("logits")]).float().cpu()
 
 
 def merge(folder: Path, output: Path) -> float:

@@ -24,7 +24,7 @@ from .recipe import Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
-from .tasks.task import Say
+from .tasks.columns import Say
 
 CHECKPOINTS = "checkpoints"
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
@@ -100,6 +100,7 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
         eval_dataset=rows["validation"],
         data_collator=task.collate,
         compute_metrics=task.metrics,
+        preprocess_logits_for_metrics=task.reduced,
         callbacks=[_Guard(), *callbacks],
     )
     # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the number of
@@ -143,7 +144,10 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
     The learning rate is the LoRA paper's for RoBERTa base (table 9): ten times and more that of full fine-tuning.
     """
-    evaluated = recipe.training.get("eval_strategy", "epoch")
+    evaluated, task = recipe.training.get("eval_strategy", "epoch"), TASKS[recipe.task]
+    best: dict[str, Any] = {"metric_for_best_model": task.metric, "greater_is_better": task.higher_is_better}
+    if "metric_for_best_model" in recipe.training:
+        best = {}
     return {
         "num_train_epochs": 3.0,
         "per_device_train_batch_size": 16,
@@ -156,7 +160,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "save_steps": recipe.training.get("eval_steps") or 500,
         "save_total_limit": 1,
         "load_best_model_at_end": evaluated != "no",
-        "metric_for_best_model": TASKS[recipe.task].metric,
+        **best,
         "logging_steps": 1,
         "seed": 0,
         **recipe.training,

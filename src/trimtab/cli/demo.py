@@ -52,6 +52,7 @@ def demo(
     console.print("", predictions(FRESH, answers), "", sep="\n")
     command = [sys.executable, "-m", "trimtab", "predict", str(result.folder), "--json", "--", *FRESH]
     fresh = subprocess.run(command, capture_output=True, text=True)
-    if [json.loads(line)["probabilities"] for line in fresh.stdout.splitlines()] != answers:
+    expected = [{"input": text, **answer} for text, answer in zip(FRESH, answers, strict=True)]
+    if [json.loads(line) for line in fresh.stdout.splitlines()] != expected:
         raise CheckpointError(f"A fresh process does not predict the same from {result.folder}. {fresh.stderr}")
     console.print(f"Saved in {result.folder}; loaded in a fresh process it gives equal predictions.", soft_wrap=True)

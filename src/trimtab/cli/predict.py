@@ -1,4 +1,4 @@
-"""`trimtab predict`: classes and their probabilities, from the adapter's folder alone."""
+"""`trimtab predict`: what a tuned model answers, from the adapter's folder alone."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """Predict the class of texts, with the probability of each class."""
+    """Predict with a tuned model: classes and their probabilities, or what the task's answer is."""
     from ..errors import DataError
 
     if bool(texts) == bool(file):
@@ -33,6 +33,6 @@ def predict(
     answers = found.task.predict(found.model, inputs)
     if as_json:
         for text, answer in zip(inputs, answers, strict=True):
-            print(json.dumps({"input": text, "probabilities": answer}, ensure_ascii=False))
+            print(json.dumps({"input": text, **answer}, ensure_ascii=False))
         return
     Console(highlight=False).print(predictions(inputs, answers))

@@ -3,18 +3,31 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ConfigError, did_you_mean
-from .task import Quantization
+
+Quantization = Literal["none", "int8", "nf4"]
 
 
-def load(auto: Any, model: str, config: Any, quantization: Quantization) -> tuple[Any, list[str]]:
+def load(
+    auto: str, model: str, quantization: Quantization, head: dict[str, Any], pad: int | None
+) -> tuple[Any, list[str]]:
     """A model of one of transformers' Auto classes, and the names of its modules that are new and must be trained.
 
+    Args:
+        head: what its config is told, such as the classes. pad: the token that pads, where its config names none.
     Raises:
         ConfigError: no such model.
     """
+    import transformers
+
+    with loading(model):
+        config = transformers.AutoConfig.from_pretrained(model, **head)
+    texts = config.get_text_config()
+    if getattr(texts, "pad_token_id", None) is None:  # decoders find the last token of a row by it
+        texts.pad_token_id = pad
+    auto = getattr(transformers, auto)
     found, fresh = _load(auto, model, config, quantization, [])
     if fresh and quantization != "none":  # the new modules were quantized as well, but they are to be trained
         found, fresh = _load(auto, model, config, quantization, fresh)

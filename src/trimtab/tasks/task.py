@@ -1,16 +1,22 @@
 """The contract: what a task knows about its data and its model (`Task`), and where the data are (`Data`)."""
 
+import dataclasses
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationInfo
 
 from ..adapter import TaskType
+from ..errors import CheckpointError
+from . import columns, models
+from .columns import Cells, Say
+from .models import Quantization
 
-Quantization = Literal["none", "int8", "nf4"]
-Say = Callable[[str], object]  # tells the user one line
+SAVED = "task.json"
 
 
 def _from_recipe(path: Path, info: ValidationInfo) -> Path:
@@ -37,52 +43,115 @@ class Data(BaseModel):
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
+@dataclass(frozen=True)
 class Task(ABC):
-    """One kind of problem: its columns, features, model class, metrics."""
+    """One kind of problem: its columns, features, model class, metrics.
 
-    columns: ClassVar[tuple[str, ...]]  # the names that `data.columns` may map
+    A task is what its files and its base model made of it: `names` is data.columns, completed; `reader` is the
+    model's tokenizer, feature extractor or processor.
+    """
+
+    usual: ClassVar[dict[str, tuple[str, ...]]]  # the task's columns, and how they are usually called, best first
+    optional: ClassVar[frozenset[str]] = frozenset()
     task_type: ClassVar[TaskType]
-    metric: ClassVar[str]  # chooses the best checkpoint; higher is better
-    names: dict[str, str]  # data.columns, completed
+    auto: ClassVar[str]  # the name of transformers' Auto class
+    metric: ClassVar[str]  # chooses the best checkpoint
+    higher_is_better: ClassVar[bool] = True
+
+    names: dict[str, str]
+    reader: Any
 
     @classmethod
-    @abstractmethod
     def from_data(cls, data: Data, model: str, seed: int, say: Say) -> tuple[Self, dict[str, Any]]:
-        """The task as these files define it, and its tokenized rows: a `datasets.Dataset` each for "train",
-        "validation" and, where given, "test".
+        """The task as these files define it, and its rows as the model reads them: a `datasets.Dataset` each for
+        "train", "validation" and, where given, "test".
 
         Raises:
             DataError: files that cannot be read, or hold nothing to learn from.
         """
+        paths = {"train": data.train, "validation": data.validation, "test": data.test}
+        raw = {split: cls.read(path) for split, path in paths.items() if isinstance(path, Path)}
+        names = columns.complete(raw["train"], data, cls.usual, cls.optional, say)
+        cells = {
+            split: columns.clean(paths[split], found, names, cls.cell, cls.optional, split, say)
+            for split, found in raw.items()
+        }
+        if isinstance(data.validation, float):
+            cells["train"], cells["validation"] = columns.split(cells["train"], data.validation, seed)
+        task = cls.fitted(cells, names, data, model)
+        return task, {split: task.encode(found, split, say) for split, found in cells.items()}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The task of a finished run, as `save` left it."""
+        if not (folder / SAVED).is_file():
+            raise CheckpointError(f"{folder} was not written by `trimtab train`: there is no {SAVED} in it.")
+        known = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+        return cls(reader=cls.load_reader(str(folder)), **known)
+
+    def save(self, folder: Path) -> None:
+        """Write what prediction needs beside the adapter: how the model reads, labels."""
+        self.reader.save_pretrained(folder)
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del known["reader"]
+        (folder / SAVED).write_text(json.dumps(known, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Any:
+        """The rows of a file, or of a folder, as a `datasets.Dataset`."""
+        from . import rows
+
+        return rows.read(path)
+
+    @classmethod
+    def load_reader(cls, model: str) -> Any:
+        return models.tokenizer(model)
+
+    @classmethod
+    def cell(cls, name: str, value: Any, feature: Any) -> Any:
+        """A value of one of the task's columns as the task wants it; what is empty drops the row."""
+        return columns.text(value, feature)
 
     @classmethod
     @abstractmethod
-    def from_folder(cls, folder: Path) -> Self:
-        """The task of a finished run, as `save` left it."""
+    def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
+        """The task that these rows, by split, define. Raises: DataError."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write what prediction needs beside the adapter: tokenizer, labels."""
+    def encode(self, cells: Cells, split: str, say: Say) -> Any:
+        """Rows as the model reads them, a `datasets.Dataset`."""
 
-    @abstractmethod
+    def head(self) -> dict[str, Any]:
+        """What the model's config is told of the task."""
+        return {}
+
     def load_model(self, model: str, quantization: Quantization) -> tuple[Any, list[str]]:
         """The pretrained model for this task, and the names of its modules that are new and must be trained.
 
         Raises:
             ConfigError: no such model, or one that does not fit the task.
         """
+        return models.load(self.auto, model, quantization, self.head(), getattr(self.reader, "pad_token_id", None))
+
+    @abstractmethod
+    def show(self, row: dict[str, Any]) -> str:
+        """An encoded row as people read it, with what is learned from it in brackets."""
 
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of tokenized rows as the model's keyword arguments."""
+        """A batch of encoded rows as the model's keyword arguments."""
+
+    def reduced(self, logits: Any, labels: Any) -> Any:
+        """What `metrics` needs of a batch's logits: all of them would not fit where there is one for each token."""
+        return logits
 
     @abstractmethod
     def metrics(self, evaluation: Any) -> dict[str, float]:
         """Scores of a `transformers.EvalPrediction`."""
 
-    @abstractmethod
     def baseline(self, train: Any, rows: Any) -> dict[str, float]:
-        """The same scores for the best guess that ignores the input."""
+        """The same scores for the best guess that ignores the input, where there is such a guess."""
+        return {}
 
     @abstractmethod
     def example(self) -> dict[str, Any]:
@@ -93,5 +162,5 @@ class Task(ABC):
         """What a file asks to be predicted. Raises: DataError."""
 
     @abstractmethod
-    def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, float]]:
-        """For each input the possible answers and their probabilities."""
+    def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """For each input an answer: JSON values by name."""

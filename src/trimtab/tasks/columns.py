@@ -1,0 +1,93 @@
+"""From the columns of a file to the columns of a task: which is which, what a cell holds, which rows are dropped."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ..errors import DataError
+
+Say = Callable[[str], object]  # tells the user one line
+Cells = dict[str, list[Any]]  # values by the task's names of the columns
+
+
+def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional: Iterable[str], say: Say) -> Any:
+    """data.columns, with the columns that it does not name, by their usual names.
+
+    Raises:
+        DataError: a named column that is not there, or no column of a usual name.
+    """
+    there = ", ".join(found.column_names)
+    for name, column in data.columns.items():
+        if column not in found.column_names:
+            raise DataError(f"{data.train} has no column {column!r} (data.columns.{name}). It has: {there}.")
+    lowered = {column.lower(): column for column in found.column_names if column not in data.columns.values()}
+    guessed: dict[str, str] = {}
+    for name, words in usual.items():
+        hit = next((lowered[word] for word in words if word in lowered), None)
+        if name in data.columns:
+            continue
+        if hit is not None:
+            guessed[name] = hit
+            del lowered[hit.lower()]
+        elif name not in optional:
+            needed = ", ".join(f"{name}: ..." for name in usual if name not in optional)
+            hint = f"data: {{columns: {{{needed}}}}}"
+            raise DataError(f"{data.train}: which column is the {name}? It has: {there}. Say so in the recipe, {hint}")
+    if guessed:
+        listed = ", ".join(f"{column} is the {name}" for name, column in guessed.items())
+        say(f"Columns guessed: {listed} (data.columns changes this)")
+    return data.columns | guessed
+
+
+def check(path: Any, found: Any, wanted: Iterable[str]) -> None:
+    for column in wanted:
+        if column not in found.column_names:
+            raise DataError(f"{path} has no column {column!r}. It has: {', '.join(found.column_names)}.")
+
+
+def clean(
+    path: Any,
+    found: Any,
+    names: Mapping[str, str],
+    cell: Callable[[str, Any, Any], Any],
+    optional: Iterable[str],
+    split: str,
+    say: Say,
+) -> Cells:
+    """The rows that lack nothing, by the task's names of the columns."""
+    check(path, found, names.values())
+    cells = {
+        name: [cell(name, value, found.features[column]) for value in found[column]] for name, column in names.items()
+    }
+    needed = [name for name in cells if name not in optional]
+    kept = [i for i in range(len(found)) if all(cells[name][i] for name in needed)]
+    dropped = len(found) - len(kept)
+    say(f"{split}: {len(found)} rows read, {len(kept)} kept" + (f", {dropped} empty dropped" if dropped else ""))
+    if not kept:
+        raise DataError(f"{path}: no row has {'both ' * (len(needed) == 2)}{' and '.join(needed)}.")
+    return {name: [values[i] for i in kept] for name, values in cells.items()}
+
+
+def text(value: Any, feature: Any = None) -> str:
+    """A cell as text: class numbers by their names, numbers as they were written, what is missing as ''."""
+    if hasattr(feature, "int2str"):  # parquet files can hold class numbers with their names
+        return str(feature.int2str(int(value))) if value is not None else ""
+    if isinstance(value, float):
+        return "" if value != value else f"{value:g}"  # a column of numbers with a gap is read as floats
+    return "" if value is None else str(value).strip()
+
+
+def split(found: Cells, fraction: float, seed: int) -> tuple[Cells, Cells]:
+    """Two parts with the same share of each label; without, where there are none or one is too rare for that."""
+    from sklearn.model_selection import train_test_split
+
+    everything = range(len(next(iter(found.values()))))
+    labels = found.get("label")
+    try:
+        try:
+            parts = train_test_split(everything, test_size=fraction, random_state=seed, stratify=labels)
+        except ValueError:
+            parts = train_test_split(everything, test_size=fraction, random_state=seed)
+    except ValueError:
+        raise DataError(f"{len(everything)} rows are too few to set {fraction:g} aside for validation.") from None
+    first, second = ({name: [values[i] for i in part] for name, values in found.items()} for part in parts)
+    return first, second
