@@ -14,10 +14,12 @@ def summary(metrics: dict[str, Any]) -> Table:
     table = Table(title=f"{split} ({metrics['rows'][split]} rows)", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    names = [name for name in metrics[split] if name in metrics["majority"][split]]
-    for name in names:
-        table.add_row(f"{name}, always the commonest class", f"{metrics['majority'][split][name]:.3f}")
-        table.add_row(f"{name}, untrained head", f"{metrics['untrained'][split][name]:.3f}")
+    guessed = metrics["majority"][split]
+    for name in [name for name in metrics[split] if name != "loss"]:
+        if name in guessed:
+            table.add_row(f"{name}, always the commonest class", f"{guessed[name]:.3f}")
+        start = "untrained head" if guessed else "before training"
+        table.add_row(f"{name}, {start}", f"{metrics['untrained'][split][name]:.3f}")
         table.add_row(f"{name}, tuned", f"[bold]{metrics[split][name]:.3f}[/bold]", end_section=True)
     trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
     table.add_row("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})")

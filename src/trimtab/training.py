@@ -92,6 +92,8 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
     arguments = _arguments(recipe)
     transformers.set_seed(recipe.seed)
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
+    for i in range(min(2, len(rows["train"]))):
+        say(f"Example {i + 1}, what is learned in brackets: {_short(task.show(rows['train'][i]))}")
     model = _adapted(recipe, task)
     trainer = Trainer(
         model=model,
@@ -137,6 +139,12 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
     (recipe.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
     return Result(recipe.output, metrics)
+
+
+def _short(text: str, most: int = 600) -> str:
+    """The text on one line, without its middle where it is long: both ends tell most."""
+    line = text.replace("\n", "\u21b5")
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 from .task import Data, Task
 from .text_classification import TextClassification
+from .text_generation import TextGeneration
+from .token_classification import TokenClassification
 
 __all__ = ["TASKS", "Data", "Task"]
 
 TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
+    "token-classification": TokenClassification,
+    "text-generation": TextGeneration,
 }

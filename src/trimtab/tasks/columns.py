@@ -9,7 +9,7 @@ Say = Callable[[str], object]  # tells the user one line
 Cells = dict[str, list[Any]]  # values by the task's names of the columns
 
 
-def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional: Iterable[str], say: Say) -> Any:
+def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional: Iterable[str]) -> dict[str, str]:
     """data.columns, with the columns that it does not name, by their usual names.
 
     Raises:
@@ -32,10 +32,7 @@ def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional
             needed = ", ".join(f"{name}: ..." for name in usual if name not in optional)
             hint = f"data: {{columns: {{{needed}}}}}"
             raise DataError(f"{data.train}: which column is the {name}? It has: {there}. Say so in the recipe, {hint}")
-    if guessed:
-        listed = ", ".join(f"{column} is the {name}" for name, column in guessed.items())
-        say(f"Columns guessed: {listed} (data.columns changes this)")
-    return data.columns | guessed
+    return {**data.columns, **guessed}
 
 
 def check(path: Any, found: Any, wanted: Iterable[str]) -> None:
@@ -49,7 +46,7 @@ def clean(
     found: Any,
     names: Mapping[str, str],
     cell: Callable[[str, Any, Any], Any],
-    optional: Iterable[str],
+    needed: list[str],
     split: str,
     say: Say,
 ) -> Cells:
@@ -58,7 +55,6 @@ def clean(
     cells = {
         name: [cell(name, value, found.features[column]) for value in found[column]] for name, column in names.items()
     }
-    needed = [name for name in cells if name not in optional]
     kept = [i for i in range(len(found)) if all(cells[name][i] for name in needed)]
     dropped = len(found) - len(kept)
     say(f"{split}: {len(found)} rows read, {len(kept)} kept" + (f", {dropped} empty dropped" if dropped else ""))

@@ -46,6 +46,19 @@ def read(path: Path) -> Any:
     return rows
 
 
+def document(path: Path) -> Any:
+    """A text file as one row with one column, "text". Raises: DataError."""
+    import datasets
+
+    _check_there(path)
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {_reason(error)}") from None
+    return datasets.Dataset.from_dict({"text": [text]})
+
+
 def lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises: DataError."""
     _check_there(path)

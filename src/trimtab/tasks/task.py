@@ -71,13 +71,15 @@ class Task(ABC):
         """
         paths = {"train": data.train, "validation": data.validation, "test": data.test}
         raw = {split: cls.read(path) for split, path in paths.items() if isinstance(path, Path)}
-        names = columns.complete(raw["train"], data, cls.usual, cls.optional, say)
+        names = cls.chosen(columns.complete(raw["train"], data, cls.usual, cls.optional), data)
+        if guessed := [f"{column} is the {name}" for name, column in names.items() if name not in data.columns]:
+            say(f"Columns guessed: {', '.join(guessed)} (data.columns changes this)")
         cells = {
-            split: columns.clean(paths[split], found, names, cls.cell, cls.optional, split, say)
+            split: columns.clean(paths[split], found, names, cls.cell, cls.needed(names), split, say)
             for split, found in raw.items()
         }
         if isinstance(data.validation, float):
-            cells["train"], cells["validation"] = columns.split(cells["train"], data.validation, seed)
+            cells["train"], cells["validation"] = cls.split(cells["train"], data.validation, seed)
         task = cls.fitted(cells, names, data, model)
         return task, {split: task.encode(found, split, say) for split, found in cells.items()}
 
@@ -104,8 +106,23 @@ class Task(ABC):
         return rows.read(path)
 
     @classmethod
+    def split(cls, cells: Cells, fraction: float, seed: int) -> tuple[Cells, Cells]:
+        """Rows to train on, and a fraction set aside. Raises: DataError."""
+        return columns.split(cells, fraction, seed)
+
+    @classmethod
     def load_reader(cls, model: str) -> Any:
         return models.tokenizer(model)
+
+    @classmethod
+    def chosen(cls, names: dict[str, str], data: Data) -> dict[str, str]:
+        """Of the columns that are there, those to use. Raises: DataError."""
+        return names
+
+    @classmethod
+    def needed(cls, names: dict[str, str]) -> list[str]:
+        """The columns of which a row must have all."""
+        return [name for name in names if name not in cls.optional]
 
     @classmethod
     def cell(cls, name: str, value: Any, feature: Any) -> Any:

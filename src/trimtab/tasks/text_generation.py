@@ -1,0 +1,256 @@
+"""Text generation with a causal model: plain text, or instructions and chats of which only the answers are learned."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ..adapter import TaskType
+from ..errors import ConfigError, DataError
+from . import columns, rows
+from .columns import Cells, Say
+from .task import Data
+from .text import WORDS, TextTask
+from .token_classification import IGNORED, padded
+
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # under other names elsewhere
+NEW_TOKENS = 128  # the longest answer that `predict` writes
+
+Message = dict[str, str]  # role, content
+
+
+@dataclass(frozen=True)
+class TextGeneration(TextTask):
+    """A row is a text; a prompt (with an input, where there is one) and its answer; or a list of messages.
+
+    Prompts and messages are written in the tokenizer's chat template, or where it has none as lines. Of them only the
+    answers are learned, with the token that ends each. Texts are learned whole, and long ones in blocks.
+    """
+
+    usual: ClassVar[dict[str, tuple[str, ...]]] = {
+        "messages": ("messages", "conversations", "conversation", "chat"),
+        "prompt": ("prompt", "instruction", "question", "query"),
+        "input": ("input", "context"),
+        "answer": ("answer", "output", "response", "completion", "target"),
+        "text": ("text", "content", "quote", "document", "sentence"),
+    }
+    optional: ClassVar[frozenset[str]] = frozenset(usual)
+    task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    metric: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
+
+    @classmethod
+    def read(cls, path: Path) -> Any:
+        return rows.document(path) if path.name.removesuffix(".gz").endswith(".txt") else rows.read(path)
+
+    @classmethod
+    def chosen(cls, names: dict[str, str], data: Data) -> dict[str, str]:
+        for needed in (("messages",), ("prompt", "answer"), ("text",)):
+            if all(name in names for name in needed):
+                kept = {*needed, "input"} if "prompt" in needed else {*needed}
+                return {name: column for name, column in names.items() if name in kept}
+        raise DataError(
+            f"{data.train}: which columns hold the text? Say so in the recipe: data: {{columns: {{text: ...}}}}, or "
+            "{prompt: ..., answer: ...}, or {messages: ...}."
+        )
+
+    @classmethod
+    def needed(cls, names: dict[str, str]) -> list[str]:
+        return [name for name in names if name != "input"]
+
+    @classmethod
+    def cell(cls, name: str, value: Any, feature: Any) -> Any:
+        if name != "messages":
+            return columns.text(value, feature)
+        try:
+            return [_message(part) for part in value or ()]
+        except (AttributeError, KeyError, TypeError):
+            raise DataError(
+                f"A row of messages is a list of {{role, content}} (or {{from, value}}), not {str(value)[:80]!r}."
+            ) from None
+
+    @classmethod
+    def split(cls, cells: Cells, fraction: float, seed: int) -> tuple[Cells, Cells]:
+        """Of a single text the last lines are set aside."""
+        if "text" not in cells or len(cells["text"]) > 1:
+            return super().split(cells, fraction, seed)
+        lines = cells["text"][0].splitlines(keepends=True)
+        start = round(len(lines) * (1 - fraction))
+        if not 0 < start < len(lines):
+            raise DataError(f"{len(lines)} lines are too few to set {fraction:g} aside for validation.")
+        return {"text": ["".join(lines[:start])]}, {"text": ["".join(lines[start:])]}
+
+    @classmethod
+    def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
+        tokenizer = cls.load_reader(model)
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"The tokenizer of {model} has no token that ends a text, so answers would never end.")
+        return cls(names, tokenizer, cls.limit(data, model, tokenizer))
+
+    def encode(self, cells: Cells, split: str, say: Say) -> Any:
+        import datasets
+
+        found: list[dict[str, Any]] = []
+        cut = lost = 0
+        for i in range(len(next(iter(cells.values())))):
+            row = {name: values[i] for name, values in cells.items()}
+            if "text" in row:
+                found += self._blocks(row["text"])
+                continue
+            ids, labels = self._chat(row["messages"] if "messages" in row else _as_chat(row))
+            cut += len(ids) > self.max_length
+            if any(label != IGNORED for label in labels[: self.max_length]):
+                found.append(_row(ids[: self.max_length], labels[: self.max_length]))
+            else:
+                lost, example = lost + 1, (ids, labels)
+        if cut:
+            say(f"{split}: {cut} rows cut to {self.max_length} tokens")
+        if lost:
+            say(f"{split}: {lost} rows dropped, of whose answer nothing is within {self.max_length} tokens")
+        if not found:
+            shown = self.show(_row(*example))
+            raise DataError(f"{split}: no row has an answer within {self.max_length} tokens. The last one is: {shown}")
+        return datasets.Dataset.from_list(found)
+
+    def _blocks(self, text: str) -> list[dict[str, Any]]:
+        ids = self.reader(text).input_ids
+        if ids[-1:] != [self.reader.eos_token_id]:
+            ids = [*ids, self.reader.eos_token_id]
+        parts = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
+        return [_row(part, part) for part in parts if len(part) > 1]
+
+    def _chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Token ids, and labels that are ignored outside the answers."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._written(messages[:i], answers=True)
+            upto = self._written(messages[: i + 1])
+            if upto[: len(before)] != before or before[: len(ids)] != ids:
+                raise ConfigError(
+                    "The chat template writes a message differently when others follow, so that its answers cannot be "
+                    "told from the rest. Give the rows as prompt and answer, or as text."
+                )
+            ids, labels = upto, labels + [IGNORED] * (len(before) - len(labels)) + upto[len(before) :]
+        return ids, labels
+
+    def _written(self, messages: Sequence[Message], answers: bool = False) -> list[int]:
+        """The messages as tokens; with `answers` up to where the next answer starts."""
+        if self.reader.chat_template:
+            settings = {"add_generation_prompt": answers, "return_dict": False}
+            return list(self.reader.apply_chat_template(list(messages), **settings))
+        start = [self.reader.bos_token_id] if self.reader.bos_token_id not in (None, self.reader.eos_token_id) else []
+        for message in messages:
+            start += self.reader(message["content"], add_special_tokens=False).input_ids
+            start += [self.reader.eos_token_id] if message["role"] == "assistant" else self._line()
+        return start
+
+    def _line(self) -> list[int]:
+        return list(self.reader("\n", add_special_tokens=False).input_ids)
+
+    def show(self, row: dict[str, Any]) -> str:
+        shown, learned = "", False
+        for token, label in zip(row["input_ids"], row["labels"], strict=True):
+            if (label != IGNORED) != learned:
+                learned = not learned
+                shown += "[" if learned else "]"
+            shown += self.reader.decode([token])
+        return shown + "]" * learned
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Padded by length, never by token: the token that pads may be the one that ends an answer."""
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        filled = {"input_ids": self.reader.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        return {
+            name: torch.tensor([padded(row[name], width, value, before=False) for row in rows])
+            for name, value in filled.items()
+        }
+
+    def reduced(self, logits: Any, labels: Any) -> Any:
+        """Of each row the sum of -log p over its learned tokens, their number, and how many were guessed: (B, 3)."""
+        import torch
+        from torch.nn import functional as F
+
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        truth, guess = labels[:, 1:], logits[:, :-1]
+        losses = F.cross_entropy(guess.transpose(1, 2).float(), truth, ignore_index=IGNORED, reduction="none")
+        learned = truth != IGNORED
+        hits = (guess.argmax(-1) == truth) & learned
+        return torch.stack([losses.sum(-1), learned.sum(-1), hits.sum(-1)], -1)
+
+    def metrics(self, evaluation: Any) -> dict[str, float]:
+        import math
+
+        loss, tokens, hits = evaluation.predictions.sum(0).tolist()
+        return {"perplexity": math.exp(min(loss / tokens, 700)), "token_accuracy": hits / tokens}
+
+    def example(self) -> dict[str, Any]:
+        rows = [self.reader(" ".join(WORDS[:n])).input_ids[: self.max_length] for n in range(1, len(WORDS) + 1)]
+        batch = self.collate([_row(row, row) for row in rows])
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def inputs(self, path: Path) -> list[Any]:
+        """The prompts of a file: one a line in a .txt, else from the columns trained on."""
+        if path.suffix == ".txt":
+            found: list[Any] = rows.lines(path)
+        else:
+            table = rows.read(path)
+            kept = {name: column for name, column in self.names.items() if name != "answer"}
+            columns.check(path, table, kept.values())
+            cells = {name: [self.cell(name, value, None) for value in table[column]] for name, column in kept.items()}
+            whole = [{name: values[i] for name, values in cells.items()} for i in range(len(table))]
+            found = [row.get("messages") or row.get("text") or _asked(row) for row in whole]
+        if not found:
+            raise DataError(f"{path} holds no text.")
+        return found
+
+    def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the model writes after each prompt, greedily, up to NEW_TOKENS."""
+        import torch
+
+        found: list[dict[str, Any]] = []
+        for given in inputs:
+            ids = self.prompt(given)[-self.max_length :]
+            with torch.inference_mode():
+                asked = torch.tensor([ids], device=model.device)
+                written = model.eval().generate(
+                    input_ids=asked,
+                    attention_mask=torch.ones_like(asked),
+                    do_sample=False,
+                    max_new_tokens=NEW_TOKENS,
+                    pad_token_id=self.reader.pad_token_id,
+                )
+            found.append({"text": self.reader.decode(written[0, len(ids) :], skip_special_tokens=True).strip()})
+        return found
+
+    def prompt(self, given: Any) -> list[int]:
+        """What the model reads before it answers: messages, or a text as it was trained on."""
+        if "text" in self.names:
+            ids: list[int] = self.reader(given).input_ids
+            return ids[:-1] if len(ids) > 1 and ids[-1] == self.reader.eos_token_id else ids
+        messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
+        if messages[-1]["role"] == "assistant":  # of a finished chat, the last answer is what is asked for
+            messages = messages[:-1]
+        return self._written(messages, answers=True)
+
+
+def _message(part: dict[str, Any]) -> Message:
+    role, content = (part["role"], part["content"]) if "role" in part else (part["from"], part["value"])
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def _asked(row: dict[str, str]) -> str:
+    return f"{row['prompt']}\n\n{row['input']}" if row.get("input") else row["prompt"]
+
+
+def _as_chat(row: dict[str, str]) -> list[Message]:
+    return [{"role": "user", "content": _asked(row)}, {"role": "assistant", "content": row["answer"]}]
+
+
+def _row(ids: list[int], labels: list[int]) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
