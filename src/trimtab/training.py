@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.text import Text
 from torch import Tensor, nn
 
 from . import checkpoint, files, run
@@ -25,6 +26,7 @@ from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
 from .tasks.columns import Say
+from .tasks.task import Piece
 
 CHECKPOINTS = "checkpoints"
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
@@ -93,7 +95,7 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
     transformers.set_seed(recipe.seed)
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
     for i in range(min(2, len(rows["train"]))):
-        say(f"Example {i + 1}, what is learned in brackets: {_short(task.show(rows['train'][i]))}")
+        say(_example(f"Example {i + 1}, what is learned in brackets: ", task.show(rows["train"][i])))
     model = _adapted(recipe, task)
     trainer = Trainer(
         model=model,
@@ -141,10 +143,13 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
     return Result(recipe.output, metrics)
 
 
-def _short(text: str, most: int = 600) -> str:
-    """The text on one line, without its middle where it is long: both ends tell most."""
-    line = text.replace("\n", "\u21b5")
-    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+def _example(title: str, pieces: Iterable[Piece]) -> Text:
+    """On one line, without the middle of long pieces: their ends tell most."""
+    shown = Text(title)
+    for text, learned in pieces:
+        line = " ".join(text.split()) if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
+        shown.append(f"[{line}] " if learned else f"{line} ", "green" if learned else "")
+    return shown
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ def demo(
     console.print("LoRA on MiniLM, 23 million parameters; product, film and service reviews")
     here = {"model": Path(package.origin).parent / "model", "output": output.absolute()}
     settings = recipe.read(shipped, [f"{key}={json.dumps(str(value))}" for key, value in here.items()])
-    result = train(settings, console.print, [ProgressBar(console)])
+    result = train(settings, partial(console.print, markup=False), [ProgressBar(console)])
     console.print(summary(result.metrics))
 
     found = run.load(result.folder)

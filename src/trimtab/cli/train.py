@@ -1,5 +1,6 @@
 """`trimtab train`: from a recipe to an adapter that was checked."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,6 @@ def train(
     from ..training import train as run
 
     console = Console(highlight=False)
-    result = run(recipes.read(recipe, overrides or ()), console.print, [ProgressBar(console)])
+    result = run(recipes.read(recipe, overrides or ()), partial(console.print, markup=False), [ProgressBar(console)])
     console.print(summary(result.metrics))
     console.print(f"Saved in {result.folder}. Try: trimtab predict {result.folder} TEXT", soft_wrap=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import DataError
 
-Say = Callable[[str], object]  # tells the user one line
+Say = Callable[[Any], object]  # tells the user one thing: a line, or one of rich's texts
 Cells = dict[str, list[Any]]  # values by the task's names of the columns
 
 

@@ -17,6 +17,7 @@ from .columns import Cells, Say
 from .models import Quantization
 
 SAVED = "task.json"
+Piece = tuple[str, bool]
 
 
 def _from_recipe(path: Path, info: ValidationInfo) -> Path:
@@ -151,8 +152,8 @@ class Task(ABC):
         return models.load(self.auto, model, quantization, self.head(), getattr(self.reader, "pad_token_id", None))
 
     @abstractmethod
-    def show(self, row: dict[str, Any]) -> str:
-        """An encoded row as people read it, with what is learned from it in brackets."""
+    def show(self, row: dict[str, Any]) -> list[Piece]:
+        """An encoded row as people read it, piece by piece, and which pieces are learned."""
 
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from ..adapter import TaskType
 from ..errors import DataError
 from .columns import Cells, Say
-from .task import Data
+from .task import Data, Piece
 from .text import WORDS, TextTask
 
 
@@ -45,8 +45,8 @@ class TextClassification(TextTask):
         labels = [self.labels.index(label) for label in cells["label"]]
         return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
-    def show(self, row: dict[str, Any]) -> str:
-        return f"{self.reader.decode(row['input_ids'])} [{self.labels[row['labels']]}]"
+    def show(self, row: dict[str, Any]) -> list[Piece]:
+        return [(self.reader.decode(row["input_ids"]), False), (self.labels[row["labels"]], True)]
 
     def metrics(self, evaluation: Any) -> dict[str, float]:
         scores = evaluation.predictions[0] if isinstance(evaluation.predictions, tuple) else evaluation.predictions

@@ -1,5 +1,6 @@
 """Text generation with a causal model: plain text, or instructions and chats of which only the answers are learned."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns, rows
 from .columns import Cells, Say
-from .task import Data
+from .task import Data, Piece
 from .text import WORDS, TextTask
 from .token_classification import IGNORED, padded
 
@@ -98,19 +99,22 @@ class TextGeneration(TextTask):
             if "text" in row:
                 found += self._blocks(row["text"])
                 continue
-            ids, labels = self._chat(row["messages"] if "messages" in row else _as_chat(row))
-            cut += len(ids) > self.max_length
-            if any(label != IGNORED for label in labels[: self.max_length]):
-                found.append(_row(ids[: self.max_length], labels[: self.max_length]))
+            messages = row["messages"] if "messages" in row else _as_chat(row)
+            ids, labels, whole = self._chat(messages)
+            if ids:
+                found.append(_row(ids, labels))
+                cut += not whole
             else:
-                lost, example = lost + 1, (ids, labels)
+                lost += 1
         if cut:
-            say(f"{split}: {cut} rows cut to {self.max_length} tokens")
+            say(f"{split}: {cut} chats cut after the last answer that ends within {self.max_length} tokens")
         if lost:
-            say(f"{split}: {lost} rows dropped, of whose answer nothing is within {self.max_length} tokens")
+            say(f"{split}: {lost} rows dropped, of which no answer ends within {self.max_length} tokens")
         if not found:
-            shown = self.show(_row(*example))
-            raise DataError(f"{split}: no row has an answer within {self.max_length} tokens. The last one is: {shown}")
+            raise DataError(
+                f"{split}: of no row an answer ends within {self.max_length} tokens, so nothing can be learned. Raise "
+                f"data.max_length. The last row starts: {self._start(messages)!r}"
+            )
         return datasets.Dataset.from_list(found)
 
     def _blocks(self, text: str) -> list[dict[str, Any]]:
@@ -120,8 +124,9 @@ class TextGeneration(TextTask):
         parts = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         return [_row(part, part) for part in parts if len(part) > 1]
 
-    def _chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Token ids, and labels that are ignored outside the answers."""
+    def _chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int], bool]:
+        """Token ids up to the last answer that ends within the limit, labels that are ignored outside the answers,
+        and whether that is all."""
         ids: list[int] = []
         labels: list[int] = []
         for i, message in enumerate(messages):
@@ -134,8 +139,13 @@ class TextGeneration(TextTask):
                     "The chat template writes a message differently when others follow, so that its answers cannot be "
                     "told from the rest. Give the rows as prompt and answer, or as text."
                 )
+            if len(upto) > self.max_length:
+                return ids, labels, False
             ids, labels = upto, labels + [IGNORED] * (len(before) - len(labels)) + upto[len(before) :]
-        return ids, labels
+        return ids, labels, True
+
+    def _start(self, messages: Sequence[Message]) -> str:
+        return str(self.reader.decode(self._written(messages)[: self.max_length]))
 
     def _written(self, messages: Sequence[Message], answers: bool = False) -> list[int]:
         """The messages as tokens; with `answers` up to where the next answer starts."""
@@ -151,14 +161,10 @@ class TextGeneration(TextTask):
     def _line(self) -> list[int]:
         return list(self.reader("\n", add_special_tokens=False).input_ids)
 
-    def show(self, row: dict[str, Any]) -> str:
-        shown, learned = "", False
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            if (label != IGNORED) != learned:
-                learned = not learned
-                shown += "[" if learned else "]"
-            shown += self.reader.decode([token])
-        return shown + "]" * learned
+    def show(self, row: dict[str, Any]) -> list[Piece]:
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        spans = itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+        return [(self.reader.decode([token for token, _ in span]), learned) for learned, span in spans]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Padded by length, never by token: the token that pads may be the one that ends an answer."""

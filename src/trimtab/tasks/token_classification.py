@@ -9,7 +9,7 @@ from ..adapter import TaskType
 from ..errors import DataError
 from . import columns, rows
 from .columns import Cells, Say
-from .task import Data
+from .task import Data, Piece
 from .text import WORDS, TextTask
 from .text_classification import classifier
 
@@ -71,10 +71,13 @@ class TokenClassification(TextTask):
             labels.append([known[word] if begins else IGNORED for word, begins in zip(words, first, strict=True)])
         return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
-    def show(self, row: dict[str, Any]) -> str:
-        tokens = self.reader.convert_ids_to_tokens(row["input_ids"])
-        pairs = zip(tokens, row["labels"], strict=True)
-        return " ".join(token if label == IGNORED else f"{token} [{self.labels[label]}]" for token, label in pairs)
+    def show(self, row: dict[str, Any]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for token, label in zip(row["input_ids"], row["labels"], strict=True):
+            pieces.append((self.reader.decode([token]), False))
+            if label != IGNORED:
+                pieces.append((self.labels[label], True))
+        return pieces
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
