@@ -31,7 +31,7 @@ LAYERS = [
     {"auto"},
     {"tasks"},
     {"recipe", "outline"},
-    {"run"},
+    {"run", "trainer", "record"},
     {"training"},
     {"report", "progress"},
     {"cli"},

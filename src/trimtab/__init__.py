@@ -50,7 +50,7 @@ from .targets import PartialTargetWarning
 from .tokens import nearest_tokens
 
 if TYPE_CHECKING:
-    from .training import Trainer
+    from .trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -111,7 +111,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Trainer":  # its base class is transformers', which takes seconds to import
-        from .training import Trainer
+        from .trainer import Trainer
 
         return Trainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

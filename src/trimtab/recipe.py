@@ -69,6 +69,7 @@ class Recipe(BaseModel):
     quantization: Quantization = "none"
     training: dict[str, Any] = {}
     output: RecipePath
+    made_with: dict[str, str] = {}  # in the recipe of a finished run: versions and hashes of what went in
 
     @field_validator("method", mode="before")
     @classmethod
@@ -88,8 +89,11 @@ class Recipe(BaseModel):
 
     def write(self, path: Path) -> None:
         """Save the recipe with every path absolute, so that it means the same anywhere on this machine."""
-        plain = self.model_dump(mode="json", exclude_none=True)
-        path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path.write_text(yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def plain(self) -> dict[str, Any]:
+        """What `write` writes."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:

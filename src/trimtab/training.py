@@ -1,75 +1,36 @@
-"""Train: a `transformers.Trainer` that knows adapter checkpoints, and the way from a recipe to a checked folder."""
+"""The way from a recipe to a checked folder."""
 
 import gc
 import json
-import math
 import resource
 import shutil
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import checkpoint, files, run
+from . import files, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
-from .model import PeftModel, get_peft_model
+from .model import get_peft_model
 from .recipe import Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
 from .tasks.columns import Say
 from .tasks.task import Piece
+from .trainer import RunTrainer, Trainer, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
-
-
-class Trainer(transformers.Trainer):
-    """transformers' Trainer; a model with adapters resumes, and gets its best checkpoint, from the adapter files.
-
-    The plain one trains and saves such a model too, but reads checkpoints of full models and of HF PEFT only.
-    """
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.accelerator.unwrap_model(self.model if model is None else model)
-        if isinstance(target, PeftModel):
-            _read(target, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        target = self.accelerator.unwrap_model(self.model)
-        if isinstance(target, PeftModel):
-            _read(target, Path(self.state.best_model_checkpoint or ""))
-        else:
-            super()._load_best_model()
-
-
-def _read(model: PeftModel, folder: Path) -> None:
-    """Read the weights of all adapters, from where `save_pretrained` puts them."""
-    for name in model.peft_config:
-        own = folder / name
-        checkpoint.load_weights(model, own if files.current(own, files.WEIGHTS).is_file() else folder, name)
-
-
-class _Guard(transformers.TrainerCallback):
-    """Stops at the first loss or gradient that is no number; every step is logged for that."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        for what in ("loss", "grad_norm"):
-            if not math.isfinite(value := float((logs or {}).get(what, 0))):
-                raise TrainingError(
-                    f"The {what} is {value} at step {state.global_step}: training cannot go on. Try a lower "
-                    f"training.learning_rate (it is {args.learning_rate:g}), more training.warmup_ratio, and no fp16."
-                )
 
 
 @dataclass(frozen=True)
@@ -80,24 +41,37 @@ class Result:
     metrics: dict[str, Any]
 
 
-def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.TrainerCallback] = ()) -> Result:
+def train(
+    recipe: Recipe,
+    say: Say = print,
+    callbacks: Iterable[transformers.TrainerCallback] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Result:
     """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
 
     Args:
         say: gets a line for each thing worth knowing: columns guessed, rows dropped.
         callbacks: for the Trainer, for example a progress bar.
+        resume: go on from the last checkpoint of a run of the same recipe that did not finish. On the CPU the result
+            is that of a run without a break, bit for bit.
+        overwrite: throw such a run away, which otherwise is refused.
     Raises:
-        DataError, ConfigError, TargetError: before training starts. TrainingError: a loss that is no number, or
-        weights that do not change. CheckpointError: the saved adapter does not predict what the trained one does.
+        DataError, ConfigError, TargetError: before training starts. TrainingError: a loss or gradient that cannot be
+        right, weights that do not change, or too little memory. CheckpointError: the saved adapter does not predict
+        what the trained one does, or an unfinished run, or one that cannot be gone on with.
     """
     started = time.perf_counter()
     arguments = _arguments(recipe)
     transformers.set_seed(recipe.seed)
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
+    recipe = _resolved(recipe, task)
+    last = _unfinished(recipe, resume, overwrite)
     for i in range(min(2, len(rows["train"]))):
         say(_example(f"Example {i + 1}, what is learned in brackets: ", task.show(rows["train"][i])))
-    model = _adapted(recipe, task)
-    trainer = Trainer(
+    model = adapted(recipe, task)
+    trainer = RunTrainer(
+        recipe.output,
         model=model,
         args=arguments,
         train_dataset=rows["train"],
@@ -105,20 +79,20 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
         data_collator=task.collate,
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduced,
-        callbacks=[_Guard(), *callbacks],
+        callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks],
     )
-    # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the number of
-    # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
-    trainer.model_accepts_loss_kwargs = False
-    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.model_accepts_loss_kwargs &= task.divides_loss
+    trainer.try_longest(task.length)
     held_out = {split: found for split, found in rows.items() if split != "train"}
-    before = {split: _scores(trainer, found) for split, found in held_out.items()}
+    before = {split: scores(trainer, found) for split, found in held_out.items()}
     _check_metric(arguments, before["validation"])
     start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    trainer.train()
+    if last is not None:
+        say(f"Going on after {_steps(last)} steps.")
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     if all(torch.equal(value, start[name]) for name, value in model.named_parameters() if name in start):
         raise TrainingError("Training changed no weight of the adapter. Is the learning rate far too small?")
-    after = {split: _scores(trainer, found) for split, found in held_out.items()}
+    after = {split: scores(trainer, found) for split, found in held_out.items()}
     trainable, total = model.get_nb_trainable_parameters()
     metrics: dict[str, Any] = {
         **after,
@@ -130,7 +104,10 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
         "total_parameters": total,
     }
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    _save(recipe, task, model)
+    task.save(recipe.output)
+    recipe.write(recipe.output / RECIPE)
+    model.save_pretrained(recipe.output)
+    config = model.peft_config["default"].to_dict()
     expected, device = run.logits(model, _sample(task, held_out["validation"])), model.device
     del model, trainer
     gc.collect()
@@ -139,8 +116,64 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["peak_memory_bytes"] = _peak_memory()
     (recipe.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    written = (recipe.output / RECIPE).read_text(encoding="utf-8")
+    record.write(recipe.output, recipe.output.name, written, metrics, config)
     shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
     return Result(recipe.output, metrics)
+
+
+def _resolved(recipe: Recipe, task: Task) -> Recipe:
+    """The recipe with all that was guessed or left to defaults, and what it is made with."""
+    data = recipe.data
+    given = {"train": data.train, "validation": data.validation, "test": data.test}
+    made = record.made_with(recipe.model, {split: path for split, path in given.items() if isinstance(path, Path)})
+    filled = {"data": data.model_copy(update={"columns": task.names}), "training": _settings(recipe)}
+    return recipe.model_copy(update={**filled, "made_with": made})
+
+
+def _unfinished(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from. Leaves only it, beside the recipe that it is of.
+
+    Raises:
+        CheckpointError: there is one and it is not said what to do with it, or it is of another recipe.
+    """
+    folder = recipe.output / CHECKPOINTS
+    last = last_checkpoint(folder)
+    if last is not None and not (resume or overwrite):
+        raise CheckpointError(
+            f"{recipe.output} holds an unfinished run, {_steps(last)} steps of it. Go on with it (--resume), or throw "
+            "it away (--overwrite)."
+        )
+    if last is not None and not overwrite:
+        known = dict(_flat(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))))
+        now = dict(_flat(recipe.plain()))
+        changed = [name for name in {**known, **now} if known.get(name) != now.get(name)]
+        if changed:
+            raise CheckpointError(
+                f"The unfinished run in {recipe.output} is of another recipe: {changed[0]} was {known.get(changed[0])} "
+                f"and is {now.get(changed[0])}. Change it back, or throw the run away (--overwrite)."
+            )
+    else:
+        last = None
+    for path in folder.glob("*"):
+        if path.is_dir() and path != last and (last is None or _steps(path) > _steps(last)):
+            shutil.rmtree(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.write(folder / RECIPE)
+    return last
+
+
+def _flat(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """training.learning_rate and its value, and so on."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _steps(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def _example(title: str, pieces: Iterable[Piece]) -> Text:
@@ -171,7 +204,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "eval_strategy": evaluated,
         "save_strategy": evaluated,
         "save_steps": recipe.training.get("eval_steps") or 500,
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the best and the last
         "load_best_model_at_end": evaluated != "no",
         **best,
         "logging_steps": 1,
@@ -193,7 +226,6 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
     }
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)  # of a run that did not finish
         arguments = transformers.TrainingArguments(**settings)
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         _try_schedule(arguments)
@@ -211,7 +243,8 @@ def _try_schedule(arguments: transformers.TrainingArguments) -> None:
     transformers.get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=settings)
 
 
-def _adapted(recipe: Recipe, task: Task) -> Any:
+def adapted(recipe: Recipe, task: Task) -> Any:
+    """The recipe's model with a new adapter. Raises: ConfigError, TargetError."""
     model, fresh = task.load_model(recipe.model, recipe.quantization)
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -225,7 +258,8 @@ def _adapted(recipe: Recipe, task: Task) -> Any:
             raise ConfigError(f"{warning} The command `trimtab targets {recipe.model}` lists what there is.") from None
 
 
-def _scores(trainer: Trainer, rows: Any) -> dict[str, float]:
+def scores(trainer: Trainer, rows: Any) -> dict[str, float]:
+    """The task's metrics of encoded rows, and their loss."""
     measured = trainer.predict(rows, metric_key_prefix="").metrics or {}
     named = {name.removeprefix("_"): value for name, value in measured.items()}
     return {name: value for name, value in named.items() if not name.endswith(("runtime", "per_second", "time"))}
@@ -235,13 +269,6 @@ def _check_metric(arguments: transformers.TrainingArguments, scores: dict[str, f
     wanted = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
     if wanted not in scores:
         raise ConfigError(f"training.metric_for_best_model: there is no {wanted!r}.{did_you_mean(wanted, scores)}")
-
-
-def _save(recipe: Recipe, task: Task, model: Any) -> None:
-    task.save(recipe.output)
-    resolved = {"data": recipe.data.model_copy(update={"columns": task.names}), "training": _settings(recipe)}
-    recipe.model_copy(update=resolved).write(recipe.output / RECIPE)
-    model.save_pretrained(recipe.output)
 
 
 def _sample(task: Task, rows: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Put a value in place of the recipe's.")
     ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that did not finish.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Throw away a run that did not finish.")] = False,
 ) -> None:
     """Fine-tune a model as a recipe says.
 
@@ -28,6 +30,7 @@ def train(
     from ..training import train as run
 
     console = Console(highlight=False)
-    result = run(recipes.read(recipe, overrides or ()), partial(console.print, markup=False), [ProgressBar(console)])
+    say = partial(console.print, markup=False)
+    result = run(recipes.read(recipe, overrides or ()), say, [ProgressBar(console)], resume, overwrite)
     console.print(summary(result.metrics))
     console.print(f"Saved in {result.folder}. Try: trimtab predict {result.folder} TEXT", soft_wrap=True)

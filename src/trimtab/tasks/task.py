@@ -58,6 +58,7 @@ class Task(ABC):
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
     higher_is_better: ClassVar[bool] = True
+    divides_loss: ClassVar[bool] = False  # the model divides by the labels of all accumulated batches, when told them
 
     names: dict[str, str]
     reader: Any
@@ -158,6 +159,10 @@ class Task(ABC):
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of encoded rows as the model's keyword arguments."""
+
+    def length(self, row: dict[str, Any]) -> int:
+        """How much memory an encoded row takes, in any unit."""
+        return len(row["input_ids"])
 
     def reduced(self, logits: Any, labels: Any) -> Any:
         """What `metrics` needs of a batch's logits: all of them would not fit where there is one for each token."""

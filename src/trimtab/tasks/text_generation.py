@@ -40,6 +40,7 @@ class TextGeneration(TextTask):
     auto: ClassVar[str] = "AutoModelForCausalLM"
     metric: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
+    divides_loss: ClassVar[bool] = True
 
     @classmethod
     def read(cls, path: Path) -> Any:

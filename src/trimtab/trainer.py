@@ -1,0 +1,130 @@
+"""transformers' Trainer for models with adapters, and the one of a run, which stops at the step that shows a fault."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import checkpoint, files
+from .errors import TrainingError
+from .model import PeftModel
+
+BAD_BATCH = "bad_batch.safetensors"
+MEMORY = ("not enough memory", "can't allocate memory", "out of memory")  # what PyTorch says where it has no class
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer; a model with adapters resumes, and gets its best checkpoint, from the adapter files.
+
+    The plain one trains and saves such a model too, but reads checkpoints of full models and of HF PEFT only.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        if isinstance(target, PeftModel):
+            _read(target, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        target = self.accelerator.unwrap_model(self.model)
+        if isinstance(target, PeftModel):
+            _read(target, Path(self.state.best_model_checkpoint or ""))
+        else:
+            super()._load_best_model()
+
+
+def _read(model: PeftModel, folder: Path) -> None:
+    """Read the weights of all adapters, from where `save_pretrained` puts them."""
+    for name in model.peft_config:
+        own = folder / name
+        checkpoint.load_weights(model, own if files.current(own, files.WEIGHTS).is_file() else folder, name)
+
+
+class RunTrainer(Trainer):
+    """The Trainer of a run: it stops at a loss or gradient that cannot be right, and keeps the batch that gave it."""
+
+    def __init__(self, output: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.output = output
+        self.batch: dict[str, Any] = {}
+        # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the number
+        # of accumulated rows. They do not: loss and gradients would be those of one step times
+        # gradient_accumulation_steps.
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(transformers.PrinterCallback)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.batch = dict(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(value := loss.item()):
+            self._stop(
+                f"The loss is {value}", "a lower training.learning_rate, more training.warmup_ratio, and no fp16"
+            )
+        if value == 0:
+            self._stop(
+                "The loss is exactly 0, so that nothing is learned", "other labels: those of this batch are ignored"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if not math.isfinite(value := float(logs.get("grad_norm", 0))):
+            self._stop(f"The norm of the gradient is {value}", "a lower training.learning_rate, and no fp16")
+
+    def _stop(self, what: str, remedy: str) -> None:
+        path = self.output / BAD_BATCH
+        save_file({name: value.contiguous().cpu() for name, value in self.batch.items()}, path)
+        rate = f"(it is {self.args.learning_rate:g})"
+        remedy = remedy.replace("learning_rate", f"learning_rate {rate}")
+        raise TrainingError(f"{what} in step {self.state.global_step + 1}. Try {remedy}. The batch is in {path}.")
+
+    def try_longest(self, length: Callable[[Any], int]) -> None:
+        """Take the costliest step first, forward and back, and forget it: what is too big for the memory shows now.
+
+        Raises:
+            TrainingError: out of memory, with what to change.
+        """
+        rows: Any = self.train_dataset
+        size = min(self.args.per_device_train_batch_size, len(rows))
+        longest = sorted(range(len(rows)), key=lambda i: length(rows[i]), reverse=True)[:size]
+        assert self.data_collator is not None
+        batch = self._prepare_inputs(self.data_collator([rows[i] for i in longest]))
+        cards = list(range(torch.cuda.device_count()))
+        model: Any = self.model
+        try:
+            with torch.random.fork_rng(cards), self.compute_loss_context_manager():
+                loss: Any = self.compute_loss(model.train(), batch)
+            loss.backward()
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+                words in str(error) for words in MEMORY
+            ):
+                raise
+            raise TrainingError(
+                f"The memory does not hold the longest batch, {size} rows of up to {length(rows[longest[0]])}. Halve "
+                f"training.batch_size and double training.gradient_accumulation_steps, which trains the same; or set "
+                "training.gradient_checkpointing: true, or a smaller data.max_length."
+            ) from None
+        finally:
+            model.zero_grad()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: Trainer writes its state last."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in found if _is_whole(path)), None)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
