@@ -1,7 +1,10 @@
 """Training: what a run leaves behind, when it stops, and how the two trainers read checkpoints."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +12,14 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import review, write_csv
+from conftest import review, write_csv, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trimtab import LoraConfig, PeftModel, Trainer, files, get_peft_model, run
 from trimtab import recipe as recipes
 from trimtab.errors import CheckpointError, ConfigError, TargetError, TrainingError, TrimtabError
+from trimtab.trainer import RunTrainer, last_checkpoint
 from trimtab.training import train
 
 
@@ -183,6 +187,125 @@ def test_what_cannot_work_is_said_before_training(
     monkeypatch.setattr(Trainer, "train", lambda _: pytest.fail("training started"))
     with pytest.raises(kind, match=message):
         train(changed(recipe, override), silent)
+
+
+def test_a_bad_batch_is_kept(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Trainer.compute_loss
+
+    def blank(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return compute(self, model, inputs, *args, **kwargs) * (0 if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(Trainer, "compute_loss", blank)
+    with pytest.raises(TrainingError, match=r"The loss is exactly 0, .* in step 3\. .*bad_batch\.safetensors"):
+        train(changed(recipe), silent)
+    batch = load_file(recipe.parent / "run" / "bad_batch.safetensors")
+    assert batch["input_ids"].shape[0] == 6
+    assert set(batch["labels"].tolist()) <= {0, 1}
+
+
+def test_the_longest_batch_comes_first(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(recipe.parent / "train.csv", [*map(review, range(24)), ("good " * 20, "praise"), ("bad " * 24, "blame")])
+    seen: list[tuple[int, ...]] = []
+    compute = Trainer.compute_loss
+
+    def noted(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            seen.append(tuple(inputs["input_ids"].shape))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", noted)
+    alone = saved(train(changed(recipe, "data.validation=test.csv"), silent).folder)
+    assert seen[0] == (6, 26)
+    monkeypatch.setattr(RunTrainer, "try_longest", lambda *_: None)
+    assert same(alone, saved(train(changed(recipe, "data.validation=test.csv"), silent).folder))
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "compute_loss", full)
+    with pytest.raises(TrainingError, match=r"longest batch, 6 rows of up to 26\. Halve training.batch_size"):
+        train(changed(recipe, "data.validation=test.csv"), silent)
+
+
+# Going on after a break
+
+SETTINGS = ["training.epochs=3", "training.eval_strategy=steps", "training.eval_steps=2", "method.lora_dropout=0.5"]
+PLACES = {
+    "in a step": ("RunTrainer.training_step", 6),
+    "before the checkpoint's state": ("transformers.trainer_callback.TrainerState.save_to_json", 3),
+    "before the first checkpoint": ("RunTrainer.training_step", 2),
+    "before the adapter is saved": ("TextClassification.save", 1),
+}
+KILL = """
+import os, signal, sys, transformers
+from pathlib import Path
+from trimtab import recipe, training
+from trimtab.cli.quiet import quiet
+from trimtab.tasks import TASKS
+from trimtab.trainer import RunTrainer
+
+place, calls, path, *overrides = sys.argv[1:]
+quiet()
+TextClassification = TASKS["text-classification"]
+owner, name = place.rsplit(".", 1)
+owner, left = eval(owner), int(calls)
+original = getattr(owner, name)
+
+def killed(*args, **kwargs):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, killed)
+training.train(recipe.read(Path(path), overrides), str)
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = write_recipe(tmp_path_factory.mktemp("unbroken"), bert)
+    result = train(changed(path, *SETTINGS), silent)
+    return saved(result.folder), result.metrics
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_run_goes_on_to_the_same_bits(recipe: Path, unbroken: Any, place: str) -> None:
+    where, calls = PLACES[place]
+    command = [sys.executable, "-c", KILL, where, str(calls), str(recipe), *SETTINGS]
+    assert subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == -9
+    checkpoints = last_checkpoint(recipe.parent / "run" / "checkpoints")
+    if place == "before the first checkpoint":
+        assert checkpoints is None
+    else:
+        with pytest.raises(CheckpointError, match=r"holds an unfinished run, \d steps of it. Go on .*--resume"):
+            train(changed(recipe, *SETTINGS), silent)
+        with pytest.raises(CheckpointError, match=r"training.learning_rate was 0.01 and is 0.02. Change it back"):
+            train(changed(recipe, *SETTINGS, "training.learning_rate=0.02"), silent, resume=True)
+        write_csv(recipe.parent / "test.csv", [review(i) for i in range(25, 33)])
+        with pytest.raises(CheckpointError, match=r"made_with.test was \w+ and is \w+"):
+            train(changed(recipe, *SETTINGS), silent, resume=True)
+        write_csv(recipe.parent / "test.csv", [review(i) for i in range(24, 32)])
+    said: list[str] = []
+    result = train(changed(recipe, *SETTINGS), lambda line: said.append(str(line)), resume=True)
+    weights, metrics = unbroken
+    assert same(saved(result.folder), weights)
+    assert {name: value for name, value in result.metrics.items() if name not in ("seconds", "peak_memory_bytes")} == {
+        name: value for name, value in metrics.items() if name not in ("seconds", "peak_memory_bytes")
+    }
+    steps = [json.loads(line)["step"] for line in (result.folder / "history.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 10))
+    assert steps == sorted(steps)
+    assert any("Going on after" in line for line in said) is (checkpoints is not None)
+
+
+def test_an_unfinished_run_can_be_thrown_away(recipe: Path, unbroken: Any) -> None:
+    (recipe.parent / "run" / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (recipe.parent / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    result = train(changed(recipe, *SETTINGS), silent, overwrite=True)
+    assert same(saved(result.folder), unbroken[0])
 
 
 # Merge
