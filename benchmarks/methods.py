@@ -246,9 +246,9 @@ Made by `make bench SST2=FOLDER` (benchmarks/methods.py); the same numbers are i
 {table}
 What was done: all-MiniLM-L6-v2 (6 layers, width 384) with a new classifier, {run["sentences"]:,} sentences of SST-2's
 training split (whole sentences only), cut to {LONGEST} tokens; one epoch in batches of {BATCH}, AdamW, float32, one
-seed. The methods have the library's default settings and target modules except where the first column says so; compacter
-has reduction_factor=16, and adalora's schedule is fitted to the number of steps. The classifier's 770 parameters are
-trained everywhere, and count.
+seed. The methods have the library's default settings and target modules except where the first column says so;
+compacter has reduction_factor=16, and adalora's schedule is fitted to the number of steps. The classifier's 770
+parameters are trained everywhere, and count.
 
 - accuracy: on the {run["dev"]} sentences of the development split, by which nothing was chosen. Its standard error is
   about 0.01, before that of the seed: differences of 0.02 say little.
