@@ -54,6 +54,7 @@ class Adapter(nn.Module):
 
     replacement: nn.Module | None
     dropout: float = 0.0  # probability; 0 where the method has none
+    rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_wraps: ClassVar[bool] = True  # HF PEFT puts the site of such an adapter into a `base_layer`
     hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there

@@ -50,6 +50,7 @@ class AdaLoraAdapter(Adapter):
         self.P = weights.new_parameter(site, shape.out, r)
         self.E = weights.new_parameter(site, r, 1)
         self.Q = weights.new_parameter(site, r, math.prod(self.into))
+        self.rank = r, min(len(self.P), self.Q.shape[1])
         for vectors in (self.P, self.Q):
             nn.init.normal_(vectors, std=0.02)
         if init:
@@ -137,12 +138,6 @@ class AdaLoraConfig(TargetConfig):
         return made
 
     def build(self, name: str, site: nn.Module) -> AdaLoraAdapter:
-        shape = weights.layout(site)
-        assert shape is not None
-        most = min(shape.out, shape.into * math.prod(shape.kernel))
-        if self.init_r > most:
-            raise ConfigError(f"{name} is a matrix of rank {most} at most: init_r={self.init_r} is too much. "
-                              f"Closest: {most}.")  # fmt: skip
         kept = self._kept(name)
         if kept is not None and len(kept) != self.init_r:
             raise ConfigError(f"rank_pattern says of {len(kept)} triplets of {name} which to keep; init_r makes "

@@ -103,6 +103,9 @@ class CompacterConfig(TargetConfig):
         if r == 0:
             raise ConfigError(f"{name} is {n} wide: reduction_factor={self.reduction_factor:g} leaves fewer than the "
                               f"phm_dim={m} features that one block needs. Closest: {n // m}.")  # fmt: skip
+        if self.phm_rank > (most := r // m):
+            raise ConfigError(f"{name} has blocks of rank {most} at most: phm_rank={self.phm_rank} is too much. "
+                              f"Closest: {most}.")  # fmt: skip
         return CompacterAdapter(site, n, r, self)
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:

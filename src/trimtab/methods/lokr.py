@@ -30,6 +30,7 @@ class LoKrAdapter(DeltaAdapter):
         super().__init__(config.rank_dropout, config.module_dropout, config.rank_dropout_scale)
         out, into, *kernel = shape_of(site)
         r, self.scale = config.rank(name), config.scale(name)
+        self.rank = r, min(out, into * math.prod(kernel))
         (l, k), (m, n) = (two_factors(size, config.decompose_factor) for size in (out, into))  # noqa: E741
         core = config.use_effective_conv2d and math.prod(kernel) > 1
         self.C1 = self.A1 = self.B1 = self.C2 = self.A2 = self.B2 = self.T2 = None

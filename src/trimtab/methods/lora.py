@@ -40,6 +40,7 @@ class LoraAdapter(Adapter):
         self.embeds = isinstance(site, nn.Embedding)
         self.A = weights.new_parameter(site, r, shape.into, *shape.kernel)
         self.B = weights.new_parameter(site, shape.out, r // shape.groups, *[1] * len(shape.kernel))
+        self.rank = r, min(shape.out, self.A[0].numel())
         self.bias: TrainedBias | None = None
         self.start: Start | None = None
         if isinstance(init, str) and re.fullmatch(KINDS, init):
@@ -199,7 +200,8 @@ class LoraConfig(TargetConfig):
         shape = weights.layout(site)
         assert shape is not None
         if r < 1 or r % shape.groups:
-            raise ConfigError(f"{name} has {shape.groups} groups: its rank must be a multiple of that, not {r}.")
+            raise ConfigError(f"{name} has {shape.groups} groups: its rank must be a multiple of that, not {r}. "
+                              f"Closest: {max(1, round(r / shape.groups)) * shape.groups}.")  # fmt: skip
         if self.use_dora and shape.groups > 1:
             raise ConfigError(f"{name} has {shape.groups} groups: DoRA measures the rows of one product B A. "
                               "Leave it out with exclude_modules, or set use_dora=False.")  # fmt: skip

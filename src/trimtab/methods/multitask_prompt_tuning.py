@@ -48,6 +48,7 @@ class MultitaskPrompt(Prompt):
         """u (tasks, rows of the embedding, r), v (tasks, r, D)."""
         super().__init__(embedding, tokens)
         self.u, self.v = u, v
+        self.rank = u.shape[2], min(u.shape[1], v.shape[2])
         self.tasks: Tensor | None = None  # what a call of the root said, where this is not the root
 
     def hf_key(self, name: str) -> str:

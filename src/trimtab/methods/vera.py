@@ -47,7 +47,7 @@ class VeraAdapter(Adapter):
         super().__init__()
         shape = weights.layout(site)
         assert shape is not None
-        self.out, self.into, self.dropout = shape.out, shape.into, dropout
+        self.out, self.into, self.dropout = shape.out, shape.into, dropout  # and no `rank`: the paper's exceed W's
         self.lambda_b = weights.new_parameter(site, shape.out)
         self.lambda_d = weights.new_parameter(site, r)
         self.bias: TrainedBias | None = None
