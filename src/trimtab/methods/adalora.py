@@ -80,16 +80,18 @@ class AdaLoraConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    trains: ClassVar[str] = "a pruned singular value decomposition"
+    when: ClassVar[str] = "A tight budget, a number of steps that is known ahead, and time to set up a schedule."
+    evidence: ClassVar[str] = (
+        "The paper reports gains over LoRA of the same size on GLUE and SQuAD, most at the lowest budgets. It trains "
+        "more than it keeps (init_r against target_r), keeps scores as large as the adapter, and has three more "
+        "settings to get right."
+    )
     hf_prefix: ClassVar[str] = "lora_"
     hf_only: ClassVar[dict[str, Any]] = {  # HF PEFT's class has all of LoRA's settings
         **LoraConfig.hf_only, **{name: field.default for name, field in LoraConfig.model_fields.items()}
     }  # fmt: skip
     example: ClassVar[dict[str, Any]] = {"total_step": 1000}
-    about: ClassVar[str] = (
-        "Where parameters are scarce and the number of steps is known ahead: the paper reports gains over LoRA of the "
-        "same size on GLUE and SQuAD, most at the lowest budgets. It trains more than it keeps (init_r against "
-        "target_r), keeps scores as large as the adapter, and has three more settings to get right."
-    )
     found_in_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
     target_r: int = Field(8, ge=1)

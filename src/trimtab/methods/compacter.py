@@ -74,12 +74,14 @@ class CompacterConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "COMPACTER"
+    trains: ClassVar[str] = "Kronecker factors of bottleneck adapters"
+    when: ClassVar[str] = "Bottleneck adapters for very small files."
+    evidence: ClassVar[str] = (
+        "Mahabadi et al. are on a par with full fine-tuning of T5 on GLUE with 0.047 % of its parameters. Widths must "
+        "be multiples of phm_dim, and it cannot be merged."
+    )
     hf_prefix: ClassVar[str] = "compacter_"
     example: ClassVar[dict[str, Any]] = {"reduction_factor": 16}
-    about: ClassVar[str] = (
-        "Bottleneck adapters for very small files: the paper is on par with full fine-tuning of T5 on GLUE with 0.047% "
-        "of its parameters. Widths must be multiples of phm_dim, and it cannot be merged."
-    )
 
     phm_dim: int = Field(4, ge=1)
     phm_rank: int = Field(1, ge=1)

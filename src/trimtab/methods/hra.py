@@ -53,6 +53,12 @@ class HRAConfig(RotationConfig):
     """
 
     peft_type: ClassVar[str] = "HRA"
+    trains: ClassVar[str] = "vectors of reflections"
+    when: ClassVar[str] = "Between LoRA and OFT: an orthogonal change whose size is set by a rank, on any width."
+    evidence: ClassVar[str] = (
+        "Yuan et al. report better results than LoRA, OFT and others with fewer parameters on language models and "
+        "image generation. The reflections follow one another, so time grows with r."
+    )
     hf_prefix: ClassVar[str] = "hra_"
 
     r: int = Field(8, ge=1)
