@@ -35,8 +35,10 @@ test: $(STAMP)
 demo: $(STAMP)
 	@$(RUN) $(BIN)/trimtab demo --output runs/demo
 
+# SST2: a folder with train.jsonl.gz and dev.jsonl.gz, of lines {"text": "...", "label": 0 or 1}. About 40 minutes.
 bench: $(STAMP)
-	@echo "There are no benchmarks yet."
+	@test -n "$(SST2)" || { echo "error: say where SST-2 is: make bench SST2=FOLDER" >&2; exit 2; }
+	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py "$(SST2)"
 
 docs: $(STAMP)
 	@$(BIN)/python -m trimtab.catalog docs/methods.md

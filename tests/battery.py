@@ -136,7 +136,7 @@ ALL_SMALL_CONFIGS = [
          models.bert, BENT | {"nest": "the adapter at the part's end takes the input that the one at its start keeps"}),
     Case("bottleneck-modules", BottleneckConfig(target_modules=["self_attn", "mlp"], non_linearity="tanh"),
          models.llama, BENT | COARSE),
-    Case("compacter", CompacterConfig(phm_dim=2, phm_rank=2, reduction_factor=2, target_modules=["second", "norm"]),
+    Case("compacter", CompacterConfig(phm_dim=2, phm_rank=2, reduction_factor=1, target_modules=["second", "norm"]),
          skips=BENT),
     Case("compacter-t5", CompacterConfig(reduction_factor=2, plus_plus=True), models.t5, BENT | COARSE),
     Case("loreft", LoReftConfig(r=2, first=2, last=1, tied=False, layers=[0]), models.bert,

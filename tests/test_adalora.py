@@ -149,7 +149,7 @@ def test_other_optimizers_and_frozen_adapters_do_not_count() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     step(model, inputs, optimizer)
     assert optimizer.state[adapters(model)["first"].E]["adalora_step"] == 1
-    model.add_adapter("plain", trimtab.LoraConfig(target_modules=["first"]))
+    model.add_adapter("plain", trimtab.LoraConfig(r=2, target_modules=["first"]))
     model.set_adapter("plain")
     assert model.penalty() is None
     optimizer.step()
@@ -354,7 +354,7 @@ def test_nonsense(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init_r": 6}, r"first is a matrix of rank 5 at most.*Closest: 5"),
+        ({"init_r": 6}, r"first has a rank of 5 at most: 6 is too much. Closest: 5"),
         ({"rank_pattern": {"frist.lora_E": [True] * 4}}, "Did you mean 'first.lora_E'"),
         ({"rank_pattern": {"first.lora_E": [True] * 3}}, "of 3 triplets of first which to keep; init_r makes 4"),
     ],

@@ -93,7 +93,7 @@ def test_deleting_one_of_two_active_adapters_leaves_the_other_acting() -> None:
 def test_the_one_active_adapter() -> None:
     model, _ = adapted()
     assert model.active_adapter == "default"
-    model.add_adapter("second", LoraConfig(target_modules=["second"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["second"]))
     model.set_adapter(["default", "second"])
     with pytest.raises(AdapterError, match="2 adapters are active"):
         model.active_adapter  # noqa: B018
@@ -101,7 +101,7 @@ def test_the_one_active_adapter() -> None:
 
 def test_the_status_of_every_site() -> None:
     model, _ = adapted()
-    model.add_adapter("second", LoraConfig(target_modules=["first", "second"], inference_mode=True))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["first", "second"], inference_mode=True))
     model.set_adapter(["default", "second"])
     status = {site.name: site for site in model.get_layer_status()}
     assert set(status) == {"first", "second", "head"}

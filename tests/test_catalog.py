@@ -1,5 +1,6 @@
 """The table of methods, on the command line and as a page: read off the methods, so it cannot lag behind them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ def test_every_method_has_a_line_and_says_what_it_is() -> None:
     found = catalog.entries()
     assert [entry.name for entry in found] == list(METHODS)
     assert all(entry.paper and entry.formula and entry.fits for entry in found)
+    # Said of this very method, not inherited from another.
+    assert all({"trains", "when", "evidence"} <= vars(entry.config).keys() for entry in found)
 
 
 def test_the_command_counts_on_a_model(bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,10 +30,10 @@ def test_the_command_counts_on_a_model(bert: Path, capsys: pytest.CaptureFixture
         cli.main(["methods", "--model", str(bert)])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert set(lines) == {"method", *METHODS}
-    assert lines["lora"].split()[1:4] == [f"{4 * 8 * 128:,}", "yes", "linear,"]
+    assert re.split("  +", lines["lora"])[1:4] == ["low-rank A and B", f"{4 * 8 * 128:,}", "yes"]
     with pytest.raises(SystemExit, match="0"):
         cli.main(["methods"])
-    assert capsys.readouterr().out.split()[:2] == ["method", "merges"]
+    assert capsys.readouterr().out.split()[:3] == ["method", "trains", "merges"]
 
 
 def test_a_method_that_does_not_fit_says_so() -> None:

@@ -483,7 +483,7 @@ def test_with_a_task_no_class_is_recorded(tmp_path: Path) -> None:
 def test_a_second_adapter_records_the_model_s_own_class(tmp_path: Path) -> None:
     """Not the generated one, which has the same name."""
     model, _ = mlp()
-    model.add_adapter("second", LoraConfig(target_modules=["second"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["second"]))
     assert model.peft_config["second"].auto_mapping == {"base_model_class": "Mlp", "parent_library": "models"}
 
 
@@ -543,8 +543,8 @@ def test_a_state_dict_without_the_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_selected_adapters(tmp_path: Path) -> None:
     model, _ = mlp()
-    model.add_adapter("second", LoraConfig(target_modules=["second"]))
-    model.add_adapter("third", LoraConfig(target_modules=["second"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["second"]))
+    model.add_adapter("third", LoraConfig(r=2, target_modules=["second"]))
     model.save_pretrained(tmp_path, selected_adapters=["third"])
     assert {path.name for path in tmp_path.iterdir()} == {"third"}
     model.save_pretrained(tmp_path, selected_adapters=["default", "second"])

@@ -155,7 +155,7 @@ CASES = [
     case("exclude-expression", models.llama, **QV, exclude_modules=r".*\.0\.self_attn\.q_proj"),
     case("expression", models.llama, target_modules=r".*\.(q|o)_proj"),
     case("plain", models.mlp, target_modules=["first"], modules_to_save=["norm", "head"]),
-    case("convolutions", pictures, GROUPS, target_modules=["volume", "plane", "line", "head"], r=4, bias="lora_only"),
+    case("convolutions", pictures, GROUPS, target_modules=["volume", "plane", "line", "head"], r=2, bias="lora_only"),
     case("attention", ENCODER, target_modules=["self_attn"]),
     case("attention-patterns", ENCODER, target_modules=["self_attn", "linear1"], rank_pattern={"self_attn": 2},
          alpha_pattern={"layers.0.self_attn": 11}),

@@ -130,7 +130,7 @@ def test_a_method_that_is_not_linear_cannot_be_merged() -> None:
 
 def test_merged_adapters_must_be_unmerged_before_others_act() -> None:
     model, inputs = lora(models.mlp(), ["first"])
-    model.add_adapter("second", LoraConfig(target_modules=["first"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["first"]))
     model.merge_adapter()
     merged = run(model, inputs)
     for verb in (

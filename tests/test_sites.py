@@ -28,7 +28,7 @@ def lora(model: nn.Module, targets: Any, **settings: Any) -> Any:
 def at_blocks(tiny: Tiny, blocks: str) -> Any:
     """A model with an adapter that does nothing at each block of a list; a method may well live there."""
     model = tiny.model
-    get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     for block in model.get_submodule(blocks):
         sites.add(block, None, "default", Adapter(), sites.Active())
     return model
@@ -76,7 +76,7 @@ def test_hidden_states_and_attentions_are_still_returned(build: Any) -> None:
     wanted = {**inputs, "output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         before = model(**wanted)
-        get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
         after = model(**wanted)
     for name in names:
         assert len(after[name]) == len(before[name]) > 0
@@ -198,8 +198,8 @@ def test_active_adapters_nest_in_their_order() -> None:
     model, inputs = models.mlp()
     model.first = nn.Linear(5, 5)
     f, x = copy.deepcopy(model.first), inputs["x"]
-    get_peft_model(model, LoraConfig(target_modules=["first"]), "p")
-    model.add_adapter("q", LoraConfig(target_modules=["first"]))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["first"]), "p")
+    model.add_adapter("q", LoraConfig(r=2, target_modules=["first"]))
     model.first.adapters["p"], model.first.adapters["q"] = Affine(2, 1, 3, 5), Affine(-1, 4, 0.5, 7)
 
     def g(x: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ def test_trained_copies_inside_a_transformer_encoder() -> None:
     """The fast path reads norms and linear layers; trained copies of them must act there."""
     model, inputs = models.encoder()
     original = copy.deepcopy(model)
-    get_peft_model(model, LoraConfig(target_modules=["head"], modules_to_save=["linear1", "norm2"]))
+    get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=["head"], modules_to_save=["linear1", "norm2"]))
     assert same_bits(run(model, inputs), run(original, inputs))
     randomise(model)
     with torch.no_grad():
@@ -468,9 +468,9 @@ def test_a_whole_attention_cannot_be_a_trained_copy() -> None:
     """Its weights are read one by one; its parent can be trained whole instead."""
     model, inputs = models.encoder()
     with pytest.raises(TargetError, match=r"self_attn is a MultiheadAttention"):
-        get_peft_model(model, LoraConfig(target_modules=["head"], modules_to_save=["self_attn"]))
+        get_peft_model(model, LoraConfig(r=2, target_modules=["head"], modules_to_save=["self_attn"]))
     before = run(model, inputs)
-    get_peft_model(model, LoraConfig(target_modules=["head"], modules_to_save=["layers.0"]))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["head"], modules_to_save=["layers.0"]))
     assert isinstance(model.encoder.layers[0].adapters["default"], TrainedCopy)
     assert same_bits(run(model, inputs), before)
     randomise(model)

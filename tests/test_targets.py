@@ -18,7 +18,7 @@ TRANSFORMERS = pytest.mark.parametrize("build", models.TRANSFORMERS.values(), id
 
 def adapted(model: nn.Module, *args: Any, **settings: Any) -> list[str]:
     """The names of the modules that got LoRA."""
-    get_peft_model(model, *(args or [LoraConfig(**settings)]))
+    get_peft_model(model, *(args or [LoraConfig(r=2, **settings)]))
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, sites.AnySite)]
     return [name for name, m in found if not isinstance(m.adapters["default"], TrainedCopy)]
 
@@ -100,8 +100,8 @@ def test_a_string_is_a_regular_expression_for_the_full_name() -> None:
 def test_what_lies_in_an_adapter_is_no_target() -> None:
     """A second adapter sees the model as it was."""
     model = models.mlp().model
-    get_peft_model(model, LoraConfig(target_modules=["first"], modules_to_save=["head"]))
-    model.add_adapter("second", LoraConfig(target_modules=".*", exclude_modules=["norm"]))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["first"], modules_to_save=["head"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=".*", exclude_modules=["norm"]))
     assert list(model.get_layer_status()[0].requires_grad) == ["default", "second"]
     assert [s.name for s in model.get_layer_status() if "second" in s.available_adapters] == ["first", "head", "second"]
 
@@ -261,7 +261,7 @@ def test_a_list_that_matches_in_part_warns_and_names_the_rest(setting: str) -> N
         settings["target_modules"] = ["first", "second"]
     model = models.mlp().model
     with pytest.warns(PartialTargetWarning, match=rf"{setting}: \['query', 'value'\] match no module of Mlp") as seen:
-        get_peft_model(model, LoraConfig(**settings))
+        get_peft_model(model, LoraConfig(r=2, **settings))
     assert {warning.filename for warning in seen} == {__file__}
     assert len({str(warning.message) for warning in seen}) == 1
 

@@ -69,7 +69,7 @@ def losses(made: Any) -> list[float]:
 @EVERY_SHAPE
 def test_it_trains_saves_evaluates_and_predicts(build: Callable[..., Tiny], tmp_path: Path) -> None:
     tiny = build()
-    get_peft_model(tiny.model, LoraConfig(r=4, target_modules="all-linear"))
+    get_peft_model(tiny.model, LoraConfig(r=3, target_modules="all-linear"))
     model, data = tiny.model, rows(tiny.inputs)
     base, start = base_state(model), adapters(model)
     made = trainer(model, tmp_path, data, save_strategy="steps", save_steps=2)
@@ -138,7 +138,7 @@ def test_bfloat16(build: Callable[..., Tiny], tmp_path: Path) -> None:
     for settings in ({}, {"bf16": True}):
         tiny = build()
         torch.manual_seed(0)
-        get_peft_model(tiny.model, LoraConfig(r=4, target_modules="all-linear"))
+        get_peft_model(tiny.model, LoraConfig(r=3, target_modules="all-linear"))
         made = trainer(tiny.model, tmp_path, rows(tiny.inputs), **settings)
         made.train()
         assert {value.dtype for value in adapters(tiny.model).values()} == {torch.float32}

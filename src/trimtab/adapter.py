@@ -54,6 +54,7 @@ class Adapter(nn.Module):
 
     replacement: nn.Module | None
     dropout: float = 0.0  # probability; 0 where the method has none
+    rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_wraps: ClassVar[bool] = True  # HF PEFT puts the site of such an adapter into a `base_layer`
     hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
@@ -175,11 +176,13 @@ class PeftConfig(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
     peft_type: ClassVar[str]
+    trains: ClassVar[str]  # for the list of methods: what it trains, in a few words,
+    when: ClassVar[str]  # when to use it,
+    evidence: ClassVar[str]  # its strengths and weaknesses, and who has shown them
     hf_root: ClassVar[str] = "base_model.model."  # what HF PEFT puts before a module's name
     hf_prefix: ClassVar[str] = ""  # with which HF PEFT's names of this method's weights begin
     hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's keywords not offered here -> the value that switches them off
     example: ClassVar[dict[str, Any]] = {}  # settings without which the method's example would not run
-    about: ClassVar[str] = ""  # when to use it, its strengths and weaknesses, for the table of methods
     found_in_training: ClassVar[frozenset[str]] = frozenset()  # settings that training writes, loaded with the weights
     not_in_hf: ClassVar[frozenset[str]] = frozenset()  # keywords HF PEFT lacks: left out of the file while None
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from . import sites, weights
 from .adapter import Adapter, InputAdapter, PeftConfig
-from .errors import AdapterError, did_you_mean
+from .errors import AdapterError, ConfigError, did_you_mean
 from .sites import Active, AnySite
+from .targets import compact
 
 
 @dataclass
@@ -50,9 +51,11 @@ class Plan:
     adapters: dict[str, Adapter]
 
 
-def plan(model: nn.Module, config: PeftConfig, name: str) -> Plan:
+def plan(model: nn.Module, config: PeftConfig, name: str, saved: bool = False) -> Plan:
     """Build an adapter for this model and check that it would act. Changes nothing.
 
+    Args:
+        saved: it will be filled from a file, whose ranks may be higher than makes sense: HF PEFT lets them be.
     Raises:
         AdapterError: the name cannot be used, or is used already; merged weights, which are not the base's own.
         ConfigError, TargetError: the config means nothing in this model.
@@ -65,7 +68,26 @@ def plan(model: nn.Module, config: PeftConfig, name: str) -> Plan:
     modules = dict(model.named_modules())
     for path, adapter in adapters.items():
         sites.check(path, modules[path], modules[path.rpartition(".")[0]], adapter)
+    if not saved:
+        _check_ranks(model, config, adapters)
     return Plan(name, config, adapters)
+
+
+def _check_ranks(model: nn.Module, config: PeftConfig, adapters: dict[str, Adapter]) -> None:
+    """Refuse parameters that could add nothing, since a matrix has at most the rank of its smaller side."""
+    ranks = {path: adapter.rank for path, adapter in adapters.items() if adapter.rank is not None}
+    above = {path: rank for path, rank in ranks.items() if rank[0] > rank[1]}
+    if not above:
+        return
+    path, (r, most) = min(above.items(), key=lambda item: item[1][1])
+    known = type(config).model_fields.keys() - config.found_in_training
+    names = compact(list(above), model)
+    ways = [f"rank_pattern={dict.fromkeys(names, most)}"] if "rank_pattern" in known else []
+    ways += [f"exclude_modules={names}"] if "exclude_modules" in known else []
+    others = f", or for these alone {' or '.join(ways)}" if ways else ""
+    raise ConfigError(
+        f"{path or type(model).__name__} has a rank of {most} at most: {r} is too much. Closest: {most}{others}."
+    )
 
 
 def check_name(model: nn.Module, name: str) -> None:

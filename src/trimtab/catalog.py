@@ -26,11 +26,13 @@ PROBES = {
     "norm": nn.LayerNorm(8),
     "any module": nn.Sequential(nn.Linear(8, 8)),
 }
+INPUT, ATTENTION = "the model's input", "attention"
 INTRODUCTION = """\
 # Methods
 
 Generated from the methods' own files by `make docs`. `trimtab methods --model MODEL` adds the number of parameters
-that each of them trains on your model.
+that each of them trains on your model. [benchmarks/methods.md](benchmarks/methods.md) measures them all on one task;
+`make bench SST2=FOLDER` makes it.
 """
 
 
@@ -45,13 +47,14 @@ class Entry:
     formula: str  # the whole text at the top of its file, without the title
     fits: str
     merges: bool
-    inputs: bool
 
     @property
     def latency(self) -> str:
         if self.merges:
             return "none once merged"
-        return "a longer input" if self.inputs else "small layers at each site"
+        if self.fits == ATTENTION:
+            return "attention to more tokens"
+        return "a longer input" if self.fits == INPUT else "small layers at each site"
 
 
 def entries() -> list[Entry]:
@@ -74,11 +77,12 @@ def trainable(config: type[PeftConfig], model: nn.Module) -> int | str:
 
 def table(model: nn.Module | None = None) -> list[tuple[str, ...]]:
     """A line of headings, and one for each method."""
-    lines = [("method", *(("trainable",) if model else ()), "merges", "fits", "extra latency", "paper")]
+    lines = [("method", "trains", *(("trainable",) if model else ()), "merges", "fits", "extra latency", "paper")]
     for entry in entries():
         count = trainable(entry.config, model) if model else 0
         shown = (f"{count:,}" if isinstance(count, int) else "does not fit",) if model else ()
-        lines.append((entry.name, *shown, "yes" if entry.merges else "no", entry.fits, entry.latency, entry.paper))
+        merges = "yes" if entry.merges else "no"
+        lines.append((entry.name, entry.config.trains, *shown, merges, entry.fits, entry.latency, entry.paper))
     return lines
 
 
@@ -100,7 +104,8 @@ def _section(entry: Entry) -> str:
         "model.print_trainable_parameters()",
     ]
     text = [f"## {entry.title}\n", f"{entry.paper}\n" if entry.paper else "", f"```text\n{entry.formula}\n```\n"]
-    text += [f"{entry.config.about}\n"] if entry.config.about else []
+    text += [f"**When to use it.** {entry.config.when}\n"]
+    text += [f"**Strengths and weaknesses.** {entry.config.evidence}\n"]
     return "\n".join([part for part in text if part] + ["```python", *code, "```\n"])
 
 
@@ -109,9 +114,8 @@ def _entry(name: str, config: type[PeftConfig]) -> Entry:
     start = re.match(r"([^(:]+?)(?: \((.*?)\))?[:.] *(.*)", text, re.S)
     assert start is not None, f"{config.__module__} says nothing of itself"
     kind = _adapter(config)
-    inputs = issubclass(config, PromptLearningConfig)
     merges = kind.merged not in (Adapter.merged, InputAdapter.merged)
-    return Entry(name, config, start[1], start[2] or "", start[3].strip(), _fits(config, inputs), merges, inputs)
+    return Entry(name, config, start[1], start[2] or "", start[3].strip(), _fits(config), merges)
 
 
 def _adapter(config: type[PeftConfig]) -> type[Adapter]:
@@ -126,9 +130,9 @@ def _adapter(config: type[PeftConfig]) -> type[Adapter]:
     return found
 
 
-def _fits(config: type[PeftConfig], inputs: bool) -> str:
+def _fits(config: type[PeftConfig]) -> str:
     if not issubclass(config, TargetConfig):
-        return "the model's input" if inputs else "attention"
+        return INPUT if issubclass(config, PromptLearningConfig) else ATTENTION
     example = config(**config.example)
     assert isinstance(example, TargetConfig)
     return ", ".join(kind for kind, module in PROBES.items() if example.fits(module))

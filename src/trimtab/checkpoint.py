@@ -58,7 +58,7 @@ def load(model: nn.Module, folder: str | Path, name: str, config: PeftConfig | N
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", PartialTargetWarning)  # a saved list may serve several architectures
-            made = attach.plan(model, config, name)
+            made = attach.plan(model, config, name, saved=True)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"The adapter in {folder} does not fit {type(model).__name__}: {error}") from None
     _fill(model, made.config, made.adapters, tensors, where)

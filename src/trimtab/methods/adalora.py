@@ -50,6 +50,7 @@ class AdaLoraAdapter(Adapter):
         self.P = weights.new_parameter(site, shape.out, r)
         self.E = weights.new_parameter(site, r, 1)
         self.Q = weights.new_parameter(site, r, math.prod(self.into))
+        self.rank = r, min(len(self.P), self.Q.shape[1])
         for vectors in (self.P, self.Q):
             nn.init.normal_(vectors, std=0.02)
         if init:
@@ -79,16 +80,18 @@ class AdaLoraConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    trains: ClassVar[str] = "a pruned singular value decomposition"
+    when: ClassVar[str] = "A tight budget, a number of steps that is known ahead, and time to set up a schedule."
+    evidence: ClassVar[str] = (
+        "The paper reports gains over LoRA of the same size on GLUE and SQuAD, most at the lowest budgets. It trains "
+        "more than it keeps (init_r against target_r), keeps scores as large as the adapter, and has three more "
+        "settings to get right."
+    )
     hf_prefix: ClassVar[str] = "lora_"
     hf_only: ClassVar[dict[str, Any]] = {  # HF PEFT's class has all of LoRA's settings
         **LoraConfig.hf_only, **{name: field.default for name, field in LoraConfig.model_fields.items()}
     }  # fmt: skip
     example: ClassVar[dict[str, Any]] = {"total_step": 1000}
-    about: ClassVar[str] = (
-        "Where parameters are scarce and the number of steps is known ahead: the paper reports gains over LoRA of the "
-        "same size on GLUE and SQuAD, most at the lowest budgets. It trains more than it keeps (init_r against "
-        "target_r), keeps scores as large as the adapter, and has three more settings to get right."
-    )
     found_in_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
     target_r: int = Field(8, ge=1)
@@ -137,12 +140,6 @@ class AdaLoraConfig(TargetConfig):
         return made
 
     def build(self, name: str, site: nn.Module) -> AdaLoraAdapter:
-        shape = weights.layout(site)
-        assert shape is not None
-        most = min(shape.out, shape.into * math.prod(shape.kernel))
-        if self.init_r > most:
-            raise ConfigError(f"{name} is a matrix of rank {most} at most: init_r={self.init_r} is too much. "
-                              f"Closest: {most}.")  # fmt: skip
         kept = self._kept(name)
         if kept is not None and len(kept) != self.init_r:
             raise ConfigError(f"rank_pattern says of {len(kept)} triplets of {name} which to keep; init_r makes "

@@ -66,6 +66,14 @@ class BOFTConfig(RotationConfig):
     """
 
     peft_type: ClassVar[str] = "BOFT"
+    trains: ClassVar[str] = "butterfly factors of orthogonal blocks"
+    when: ClassVar[str] = (
+        "As OFT, where its blocks mix too few features: m factors mix 2^(m-1) blocks with few parameters more."
+    )
+    evidence: ClassVar[str] = (
+        "Liu et al. report gains over OFT and LoRA on vision, language and text-to-image models with fewer parameters "
+        "than OFT. Each factor is one more product and one more solve, so steps are slow."
+    )
     hf_prefix: ClassVar[str] = "boft_"
 
     boft_block_size: int = Field(4, ge=0)

@@ -115,12 +115,15 @@ class BottleneckConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
-    hf_prefix: ClassVar[str] = "bottleneck_"
-    about: ClassVar[str] = (
-        "The oldest and most modular of these methods: Houlsby's paper comes within 0.4% of full fine-tuning on GLUE "
-        "with 3.6% of the parameters per task. It cannot be merged, so its layers stay in the way at inference; "
-        "drop_first takes some of that back."
+    trains: ClassVar[str] = "small layers of its own"
+    when: ClassVar[str] = "Composing and exchanging skills as modules; more room for learning than low ranks have."
+    evidence: ClassVar[str] = (
+        "The oldest of these methods: Houlsby's paper comes within 0.4 % of full fine-tuning on GLUE with 3.6 % of "
+        "the parameters per task, and He et al. (2022) find the parallel variant at the feed-forward part the best "
+        "use of a larger budget. It cannot be merged, so its layers stay in the way at inference; drop_first takes "
+        "some of that back."
     )
+    hf_prefix: ClassVar[str] = "bottleneck_"
 
     variant: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     reduction_factor: float = Field(16, ge=1)

@@ -74,12 +74,14 @@ class CompacterConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "COMPACTER"
+    trains: ClassVar[str] = "Kronecker factors of bottleneck adapters"
+    when: ClassVar[str] = "Bottleneck adapters for very small files."
+    evidence: ClassVar[str] = (
+        "Mahabadi et al. are on a par with full fine-tuning of T5 on GLUE with 0.047 % of its parameters. Widths must "
+        "be multiples of phm_dim, and it cannot be merged."
+    )
     hf_prefix: ClassVar[str] = "compacter_"
     example: ClassVar[dict[str, Any]] = {"reduction_factor": 16}
-    about: ClassVar[str] = (
-        "Bottleneck adapters for very small files: the paper is on par with full fine-tuning of T5 on GLUE with 0.047% "
-        "of its parameters. Widths must be multiples of phm_dim, and it cannot be merged."
-    )
 
     phm_dim: int = Field(4, ge=1)
     phm_rank: int = Field(1, ge=1)
@@ -103,6 +105,9 @@ class CompacterConfig(TargetConfig):
         if r == 0:
             raise ConfigError(f"{name} is {n} wide: reduction_factor={self.reduction_factor:g} leaves fewer than the "
                               f"phm_dim={m} features that one block needs. Closest: {n // m}.")  # fmt: skip
+        if self.phm_rank > (most := r // m):
+            raise ConfigError(f"{name} has blocks of rank {most} at most: phm_rank={self.phm_rank} is too much. "
+                              f"Closest: {most}.")  # fmt: skip
         return CompacterAdapter(site, n, r, self)
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:

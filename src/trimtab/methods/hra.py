@@ -24,12 +24,14 @@ class HRAAdapter(RotationAdapter):
         """u (n, r)."""
         super().__init__()
         self.orthogonal = orthogonal
-        self.u = weights.new_parameter(site, turned_features(site), r)
+        n = turned_features(site)
+        self.u = weights.new_parameter(site, n, r)
+        self.rank = r, n  # n reflections make any rotation there is
         nn.init.kaiming_uniform_(self.u, a=math.sqrt(5))
         if init and not orthogonal:  # else no identity
             if r % 2 and not self.u.is_meta:  # a file may bring any number of them
-                raise ConfigError(f"HRA starts with pairs of reflections: r must be even, not {r}. Closest: {r + 1}. "
-                                  "Or start at random with init_weights=False.")  # fmt: skip
+                raise ConfigError(f"HRA starts with pairs of reflections: r must be even, not {r}. Closest: "
+                                  f"{r - 1 or 2}. Or start at random with init_weights=False.")  # fmt: skip
             self.u.data = self.u.data[:, : (r + 1) // 2].repeat_interleave(2, dim=1)[:, :r]
 
     def rotate(self, v: Tensor, drop: bool) -> Tensor:
@@ -51,6 +53,12 @@ class HRAConfig(RotationConfig):
     """
 
     peft_type: ClassVar[str] = "HRA"
+    trains: ClassVar[str] = "vectors of reflections"
+    when: ClassVar[str] = "Between LoRA and OFT: an orthogonal change whose size is set by a rank, on any width."
+    evidence: ClassVar[str] = (
+        "Yuan et al. report better results than LoRA, OFT and others with fewer parameters on language models and "
+        "image generation. The reflections follow one another, so time grows with r."
+    )
     hf_prefix: ClassVar[str] = "hra_"
 
     r: int = Field(8, ge=1)
@@ -62,7 +70,4 @@ class HRAConfig(RotationConfig):
         return super().fits(module) and not isinstance(module, nn.Embedding)
 
     def build(self, name: str, site: nn.Module) -> RotationAdapter:
-        n = turned_features(site)
-        if self.r > n:
-            raise ConfigError(f"{name} turns {n} features: r={self.r} reflections are more than that. Closest: {n}.")
         return self.with_bias(HRAAdapter(site, self.r, self.apply_GS, self.init_weights), site)

@@ -81,6 +81,13 @@ class IA3Config(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "IA3"
+    trains: ClassVar[str] = "one factor per feature"
+    when: ClassVar[str] = "Few examples, many tasks, very small files: a vector per layer is all that a task adds."
+    evidence: ClassVar[str] = (
+        "Liu et al. find it the one method of those they compare that beats full fine-tuning of T0 with few examples, "
+        "and with it (T-Few) do better than GPT-3 with the same examples in its context. It can only turn features up "
+        "and down, so it has less room than LoRA where there is much data, and it wants a larger learning rate."
+    )
     hf_prefix: ClassVar[str] = "ia3_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
 

@@ -86,11 +86,14 @@ class AdaptionPromptConfig(SavedModulesConfig):
     """
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
-    hf_prefix: ClassVar[str] = "adaption_"
-    about: ClassVar[str] = (
-        "For decoders, LLaMA above all: the gate at zero keeps what the model knows while training starts. A second, "
-        "small attention in each layer remains at inference; LoRA, which can be merged, is the usual choice today."
+    trains: ClassVar[str] = "prompts of attention, and gates"
+    when: ClassVar[str] = "Decoders, LLaMA above all, that are to follow instructions without losing what they know."
+    evidence: ClassVar[str] = (
+        "The gate starts at zero, so training starts from the model as it was; Zhang et al. train 1.2 million "
+        "parameters of LLaMA 7B in less than an hour on eight A100. A second, small attention in each layer remains "
+        "at inference; LoRA, which can be merged, is the usual choice today."
     )
+    hf_prefix: ClassVar[str] = "adaption_"
 
     target_modules: str | None = None
     adapter_len: int = Field(10, ge=1)

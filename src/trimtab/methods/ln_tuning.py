@@ -17,6 +17,13 @@ class LNTuningConfig(TargetConfig):
     """LayerNorm tuning's settings: which modules. None means every norm with values to train."""
 
     peft_type: ClassVar[str] = "LN_TUNING"
+    trains: ClassVar[str] = "the norms' own values"
+    when: ClassVar[str] = "Teaching a language model another kind of input; a tiny baseline beside others."
+    evidence: ClassVar[str] = (
+        "Zhao et al. turn language models into ones that see by it and report, at 13 billion parameters, over 20 % "
+        "more than LoRA on average of five multi-modal tasks. Elsewhere it is a weak, cheap method: one factor, and "
+        "at times one bias, per feature."
+    )
     hf_prefix: ClassVar[str] = "ln_tuning_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
 

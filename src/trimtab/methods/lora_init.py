@@ -65,7 +65,8 @@ def orthogonal_(A: Tensor, B: Tensor) -> None:
     if A.is_meta:
         return
     if r % 2:
-        raise ConfigError(f"init_lora_weights='orthogonal' halves the rank: r must be even, not {r}. Closest: {r + 1}.")
+        near = r - 1 or 2
+        raise ConfigError(f"init_lora_weights='orthogonal' halves the rank: r must be even, not {r}. Closest: {near}.")
     basis = torch.linalg.qr(torch.randn(r, r, dtype=A.dtype, device=A.device))[0]
     with torch.no_grad():
         A.copy_((torch.randn(A[0].numel(), r // 2).to(A) @ basis[0::2]).T.view_as(A) / 10)

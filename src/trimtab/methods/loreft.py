@@ -103,11 +103,13 @@ class LoReftConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "LOREFT"
-    hf_prefix: ClassVar[str] = "reft_"
-    about: ClassVar[str] = (
-        "Very few parameters: the paper uses 15 to 65 times fewer than LoRA. It acts on the prompt only, so it costs "
-        "nothing for each generated token, but it cannot be merged and needs the KV cache in generation."
+    trains: ClassVar[str] = "low-rank edits of hidden states"
+    when: ClassVar[str] = "Very few parameters, and prompts whose first and last positions tell the task."
+    evidence: ClassVar[str] = (
+        "The paper uses 15 to 65 times fewer parameters than LoRA. It acts on the prompt only, so it costs nothing "
+        "for each generated token, but it cannot be merged and needs the KV cache in generation."
     )
+    hf_prefix: ClassVar[str] = "reft_"
 
     r: int = Field(4, ge=1)
     first: int = Field(4, ge=0)

@@ -81,6 +81,17 @@ class OFTConfig(RotationConfig):
     """
 
     peft_type: ClassVar[str] = "OFT"
+    trains: ClassVar[str] = "orthogonal blocks"
+    when: ClassVar[str] = (
+        "Keeping what the base knows: image generation with a few pictures of a subject, or fine-tuning that must not "
+        "drift."
+    )
+    evidence: ClassVar[str] = (
+        "Turning all inputs of a layer alike keeps the angles between its neurons; Qiu et al. report better images "
+        "and faster convergence on text-to-image models than the methods before. OFTv2 turns the input instead of the "
+        "weight, as is done here, and reports up to 10 times faster training with up to 3 times less memory than OFT. "
+        "Blocks must divide the width, and lengths cannot be learned."
+    )
     hf_prefix: ClassVar[str] = "oft_"
 
     r: int = Field(0, ge=0)

@@ -38,9 +38,11 @@ class PromptEncoderConfig(PromptConfig):
     """
 
     peft_type: ClassVar[str] = "P_TUNING"
-    about: ClassVar[str] = (
-        "Prompt tuning whose tokens are tied together by an encoder while training, which steadies it: Liu et al. "
-        "bring GPT-2 to BERT's level on SuperGLUE with it. The encoder costs memory in training only."
+    trains: ClassVar[str] = "virtual tokens and an encoder"
+    when: ClassVar[str] = "As prompt tuning, where that is unsteady."
+    evidence: ClassVar[str] = (
+        "The tokens are tied together by an encoder while training: Liu et al. bring GPT-2 to BERT's level on "
+        "SuperGLUE with it. The encoder costs memory in training only. The model reads a longer input for ever."
     )
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP

@@ -87,7 +87,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    about: ClassVar[str] = (
+    trains: ClassVar[str] = "keys and values of virtual tokens"
+    when: ClassVar[str] = "Generation with little data, from one frozen model for many tasks."
+    evidence: ClassVar[str] = (
         "It acts in every layer, so more strongly than a prompt: Li and Liang match full fine-tuning of GPT-2 on "
         "table-to-text with 0.1 % of its parameters, and do better with little data. He et al. (2022) find it behind "
         "LoRA and parallel adapters as the budget grows. It takes room in the context and in the cache."

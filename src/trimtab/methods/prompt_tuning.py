@@ -78,7 +78,11 @@ class PromptTuningConfig(TextConfig):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    about: ClassVar[str] = (
+    trains: ClassVar[str] = "embeddings of virtual tokens"
+    when: ClassVar[str] = (
+        "Very large models with many tasks, one small file each, where the model's layers must not be touched."
+    )
+    evidence: ClassVar[str] = (
         "Among the fewest parameters of all. Lester et al. find it on a par with full fine-tuning from about ten "
         "billion parameters on, and well behind on small models. It wants a large learning rate (the paper's is 0.3) "
         "and many steps; starting from real tokens or a text helps."

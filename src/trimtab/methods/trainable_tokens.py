@@ -86,6 +86,15 @@ class TrainableTokensConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    trains: ClassVar[str] = "embeddings of chosen tokens"
+    when: ClassVar[str] = (
+        "New tokens, or tokens with a new meaning: after resize_token_embeddings, beside LoRA with "
+        "trainable_token_indices."
+    )
+    evidence: ClassVar[str] = (
+        "It saves the rows of a few tokens, where modules_to_save would train and save the table whole. It changes "
+        "nothing for other tokens, so by itself it teaches no task. No published comparison is known to us."
+    )
     example: ClassVar[dict[str, Any]] = {"token_indices": [5, 6]}
     hf_prefix: ClassVar[str] = "trainable_tokens_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset(

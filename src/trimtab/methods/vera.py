@@ -47,7 +47,7 @@ class VeraAdapter(Adapter):
         super().__init__()
         shape = weights.layout(site)
         assert shape is not None
-        self.out, self.into, self.dropout = shape.out, shape.into, dropout
+        self.out, self.into, self.dropout = shape.out, shape.into, dropout  # and no `rank`: the paper's exceed W's
         self.lambda_b = weights.new_parameter(site, shape.out)
         self.lambda_d = weights.new_parameter(site, r)
         self.bias: TrainedBias | None = None
@@ -86,6 +86,13 @@ class VeraConfig(TargetConfig):
     """
 
     peft_type: ClassVar[str] = "VERA"
+    trains: ClassVar[str] = "two vectors of scales"
+    when: ClassVar[str] = "Many adapters of one base, where LoRA's files are still too large."
+    evidence: ClassVar[str] = (
+        "Kopiczko et al. report LoRA's results on GLUE, E2E and instruction tuning with about ten times fewer "
+        "parameters. The rank must be high (hundreds), so a step computes as much as LoRA of that rank does, and the "
+        "learning rate higher than LoRA's. One seed or one pair of matrices serves all sites."
+    )
     hf_prefix: ClassVar[str] = "vera_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
