@@ -14,12 +14,14 @@ from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoraConfig
 from .loreft import LoReftConfig
+from .mam import MamConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
 from .trainable_tokens import TrainableTokensConfig
+from .unipelt import UniPeltConfig
 from .vera import VeraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
@@ -36,11 +38,13 @@ METHODS: dict[str, type[PeftConfig]] = {
     "lokr": LoKrConfig,
     "lora": LoraConfig,
     "loreft": LoReftConfig,
+    "mam": MamConfig,
     "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
     "trainable_tokens": TrainableTokensConfig,
+    "unipelt": UniPeltConfig,
     "vera": VeraConfig,
 }
