@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import attach
+from . import attach, optimizers
 from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import ConfigError, TargetError
 from .methods import METHODS
@@ -31,6 +31,16 @@ INTRODUCTION = """\
 
 Generated from the methods' own files by `make docs`. `trimtab methods --model MODEL` adds the number of parameters
 that each of them trains on your model.
+"""
+
+
+OPTIMIZERS = """\
+import torch
+from trimtab.optimizers import create_loraplus_optimizer
+
+model = transformers.AutoModelForSequenceClassification.from_pretrained("my-model")
+model = trimtab.get_peft_model(model, trimtab.LoraConfig())
+optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
 """
 
 
@@ -87,7 +97,9 @@ def page() -> str:
     first, *rest = table()
     lines = [first, tuple("---" for _ in first), *rest]
     parts = [INTRODUCTION, "".join(f"| {' | '.join(line)} |\n" for line in lines)]
-    return "\n".join([*parts, *(_section(entry) for entry in entries())])
+    title, _, text = (optimizers.__doc__ or "").strip().partition("\n\n")
+    end = f"## LoRA+ and LoRA-FA\n\n{title}\n\n```text\n{text}\n```\n\n```python\n{OPTIMIZERS}```\n"
+    return "\n".join([*parts, *(_section(entry) for entry in entries()), end])
 
 
 def _section(entry: Entry) -> str:

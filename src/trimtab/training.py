@@ -20,7 +20,8 @@ from . import checkpoint, files, run
 from .errors import CheckpointError, ConfigError, TrimtabError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import PeftModel, get_peft_model
-from .recipe import Recipe
+from .optimizers import create_loraplus_optimizer
+from .recipe import LORAPLUS, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
@@ -105,6 +106,7 @@ def train(recipe: Recipe, say: Say = print, callbacks: Iterable[transformers.Tra
         data_collator=task.collate,
         compute_metrics=task.metrics,
         callbacks=[_Guard(), *callbacks],
+        optimizers=(_optimizer(recipe, arguments, model), None),
     )
     # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the number of
     # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
@@ -178,6 +180,7 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
         "report_to": "none",
         "disable_tqdm": True,
     }
+    settings.pop(LORAPLUS, None)
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)  # of a run that did not finish
@@ -210,6 +213,17 @@ def _adapted(recipe: Recipe, task: Task) -> Any:
             return get_peft_model(model, config)
         except PartialTargetWarning as warning:
             raise ConfigError(f"{warning} The command `trimtab targets {recipe.model}` lists what there is.") from None
+
+
+def _optimizer(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any) -> torch.optim.Optimizer | None:
+    """LoRA+'s, where the recipe asks for it."""
+    ratio = recipe.training.get(LORAPLUS)
+    if ratio is None:
+        return None
+    chosen, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return create_loraplus_optimizer(
+        model, chosen, loraplus_lr_ratio=ratio, loraplus_weight_decay=arguments.weight_decay, **settings
+    )
 
 
 def _scores(trainer: Trainer, rows: Any) -> dict[str, float]:
