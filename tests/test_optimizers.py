@@ -31,6 +31,10 @@ SETTINGS: dict[str, Any] = {
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
 
+def silent(line: str) -> None:
+    pass
+
+
 def batch() -> dict[str, torch.Tensor]:
     return {**models.bert().inputs, "labels": torch.tensor([2, 0])}
 
@@ -143,7 +147,7 @@ def test_a_recipe_asks_for_loraplus(tmp_path: Path, bert: Path) -> None:
     found = {}
     for ratio in (None, 1.0, 8.0):
         changes = ["training.epochs=1", *([f"training.loraplus_lr_ratio={ratio}"] if ratio else [])]
-        folder = train(recipes.read(path, changes), lambda line: None).folder
+        folder = train(recipes.read(path, changes), silent).folder
         found[ratio] = load_file(folder / file)
         assert recipes.read(folder / "recipe.yaml").training.get("loraplus_lr_ratio") == ratio
     assert all(torch.equal(value, found[1.0][key]) for key, value in found[None].items())
@@ -151,7 +155,7 @@ def test_a_recipe_asks_for_loraplus(tmp_path: Path, bert: Path) -> None:
     with pytest.raises(trimtab.RecipeError, match="loraplus_lr_ratio: Input should be greater than 0"):
         recipes.read(path, ["training.loraplus_lr_ratio=0.0"])
     with pytest.raises(ConfigError, match="no such B trains"):
-        train(recipes.read(path, ["method={name: bitfit}", "training.loraplus_lr_ratio=4.0"]), lambda line: None)
+        train(recipes.read(path, ["method={name: bitfit}", "training.loraplus_lr_ratio=4.0"]), silent)
 
 
 def test_refuses_what_means_nothing() -> None:

@@ -9,8 +9,8 @@
     output: runs/reviews
 
 Relative paths are relative to the recipe. The keys of `method` are those of the method's config class; those of
-`training` are `transformers.TrainingArguments`' own, the short names in `SHORT` and `loraplus_lr_ratio`. A key without a value means its
-default. What is wrong is said with file and line: nothing in a recipe is ignored.
+`training` are `transformers.TrainingArguments`' own, the short names in `SHORT` and `loraplus_lr_ratio`. A key without
+a value means its default. What is wrong is said with file and line: nothing in a recipe is ignored.
 """
 
 import types
