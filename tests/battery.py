@@ -205,6 +205,9 @@ ALL_SMALL_CONFIGS = [
     Case("trainable_tokens-linear", TrainableTokensConfig(token_indices=[2, 0], target_modules=["head"])),
     lora("lora-tokens", partial(models.gpt2, initializer_range=0.2), target_modules=["c_attn"],
          trainable_token_indices=TOKENS),
+    lora("lora-alora", models.gpt2, target_modules=["c_attn", "c_fc"],
+         skips={"merge": "it acts on some tokens only", "nest": "layers act in calls of the model only; tested apart"},
+         alora_invocation_tokens=models.ids()[0, 2:3].tolist()),
     lora("lora-pissa", init_lora_weights="pissa", lora_dropout=0.1, skips={"identity": "dropout hides parts of W"}),
     lora("lora-olora-dora", init_lora_weights="olora", use_dora=True, skips=DETACHED | {
         "identity": "the rows' length is that of W - B0 A0 + B A, W's up to rounding",

@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from . import attach, optimizers
 from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import ConfigError, TargetError
-from .methods import METHODS
+from .methods import METHODS, alora
 from .prompts import PromptLearningConfig
 from .targets import PartialTargetWarning, TargetConfig
 
@@ -34,14 +35,21 @@ that each of them trains on your model.
 """
 
 
-OPTIMIZERS = """\
-import torch
-from trimtab.optimizers import create_loraplus_optimizer
-
-model = transformers.AutoModelForSequenceClassification.from_pretrained("my-model")
-model = trimtab.get_peft_model(model, trimtab.LoraConfig())
-optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
-"""
+# What changes LoRA and has no config of its own: title, whose text, and the lines of an example that differ.
+AROUND_LORA = (
+    (
+        "aLoRA",
+        alora,
+        "model = trimtab.get_peft_model(model, trimtab.LoraConfig(alora_invocation_tokens=[5, 6]))",
+    ),
+    (
+        "LoRA+ and LoRA-FA",
+        optimizers,
+        "model = trimtab.get_peft_model(model, trimtab.LoraConfig())\n"
+        "optimizer = trimtab.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, "
+        "loraplus_lr_ratio=16)",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,15 @@ def page() -> str:
     first, *rest = table()
     lines = [first, tuple("---" for _ in first), *rest]
     parts = [INTRODUCTION, "".join(f"| {' | '.join(line)} |\n" for line in lines)]
-    title, _, text = (optimizers.__doc__ or "").strip().partition("\n\n")
-    end = f"## LoRA+ and LoRA-FA\n\n{title}\n\n```text\n{text}\n```\n\n```python\n{OPTIMIZERS}```\n"
-    return "\n".join([*parts, *(_section(entry) for entry in entries()), end])
+    more = [_around(*found) for found in AROUND_LORA]
+    return "\n".join([*parts, *(_section(entry) for entry in entries()), *more])
+
+
+def _around(title: str, module: ModuleType, code: str) -> str:
+    text = (module.__doc__ or "").strip()
+    imports = "import torch, transformers, trimtab, trimtab.optimizers"
+    load = 'model = transformers.AutoModelForSequenceClassification.from_pretrained("my-model")'
+    return f"## {title}\n\n```text\n{text}\n```\n\n```python\n{imports}\n\n{load}\n{code}\n```\n"
 
 
 def _section(entry: Entry) -> str:
