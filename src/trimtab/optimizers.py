@@ -2,7 +2,7 @@
 
 LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns with another rate than A, lr_B = ratio lr_A, since B starts at
 zero and A does not. The paper reports 1 to 2 points more than LoRA, and up to twice its speed; the ratio is one more
-setting to get right (HF PEFT's documentation takes 16).
+setting to get right.
 
 LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays as it started, so that the inputs of layers need not be kept for
 its gradient. The gradient of B becomes the one for which s g_B' A is closest to the gradient of the whole weight,
