@@ -140,22 +140,6 @@ class CPTConfig(PromptConfig):
         "whole context, and the radii want tuning."
     )
 
-    cpt_token_ids: the context's tokens. cpt_tokens_type_mask: the type of each, 1 (format) by default; in a call
-    `input_type_mask` (batch, length) says the same of the rows, all labels by default. opt_projection_epsilon,
-    opt_projection_format_epsilon: eps of inputs and of formats. opt_weighted_loss_type, opt_loss_decay_factor: "decay"
-    and gamma. This loss is that of the task CAUSAL_LM; with other models the loss is their own.
-    cpt_mask: all ones. tokenizer_name_or_path: whose ids those are, for the record.
-    """
-
-    peft_type: ClassVar[str] = "CPT"
-    example: ClassVar[dict[str, Any]] = {"cpt_token_ids": [5, 6, 7]}
-    about: ClassVar[str] = (
-        "For classification with so few examples that all of them go into the prompt. Blau et al. report it ahead of "
-        "in-context learning, which is where it begins, and of prompt tuning: the ball keeps it from overfitting. It "
-        "keeps it from learning much from many examples, too, every call pays for the whole context, and the radii "
-        "want tuning."
-    )
-
     cpt_token_ids: list[int] | None = None
     cpt_mask: list[int] | None = None
     cpt_tokens_type_mask: list[int] | None = None
