@@ -30,6 +30,7 @@ from .methods.bitfit import BitFitConfig
 from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
 from .methods.compacter import CompacterConfig
+from .methods.cpt import CPTConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
 from .methods.llama_adapter import AdaptionPromptConfig
@@ -69,6 +70,7 @@ __all__ = [
     "BOFTConfig",
     "BitFitConfig",
     "BottleneckConfig",
+    "CPTConfig",
     "CheckpointError",
     "CompacterConfig",
     "ConfigError",

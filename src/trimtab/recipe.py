@@ -9,8 +9,8 @@
     output: runs/reviews
 
 Relative paths are relative to the recipe. The keys of `method` are those of the method's config class; those of
-`training` are `transformers.TrainingArguments`' own, and the short names in `SHORT`. A key without a value means its
-default. What is wrong is said with file and line: nothing in a recipe is ignored.
+`training` are `transformers.TrainingArguments`' own, the short names in `SHORT` and `loraplus_lr_ratio`. A key without
+a value means its default. What is wrong is said with file and line: nothing in a recipe is ignored.
 """
 
 import types
@@ -49,6 +49,8 @@ NOT_OFFERED = frozenset(
     "resume_from_checkpoint run_name save_on_each_node save_only_model skip_memory_metrics trackio_bucket_id "
     "trackio_space_id trackio_static_space_id".split()
 )
+
+LORAPLUS = "loraplus_lr_ratio"  # how many times faster B of LoRA learns (optimizers.py); not TrainingArguments'
 
 POSITIVE = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
             "gradient_accumulation_steps")  # fmt: skip
@@ -184,6 +186,7 @@ def _training_model() -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (_accepted(hints[name]), Field(None, gt=0) if name in POSITIVE else None) for name in names
     }
+    fields[LORAPLUS] = (float, Field(None, gt=0))
     return create_model("Training", __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
 

@@ -21,7 +21,8 @@ from . import files, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
-from .recipe import Recipe
+from .optimizers import create_loraplus_optimizer
+from .recipe import LORAPLUS, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
@@ -80,6 +81,7 @@ def train(
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduced,
         callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks],
+        optimizers=(_optimizer(recipe, arguments, model), None),
     )
     trainer.model_accepts_loss_kwargs &= task.divides_loss
     trainer.try_longest(task.length)
@@ -224,6 +226,7 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
         "report_to": "none",
         "disable_tqdm": True,
     }
+    settings.pop(LORAPLUS, None)
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)
         arguments = transformers.TrainingArguments(**settings)
@@ -256,6 +259,17 @@ def adapted(recipe: Recipe, task: Task) -> Any:
             return get_peft_model(model, config)
         except PartialTargetWarning as warning:
             raise ConfigError(f"{warning} The command `trimtab targets {recipe.model}` lists what there is.") from None
+
+
+def _optimizer(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any) -> torch.optim.Optimizer | None:
+    """LoRA+'s, where the recipe asks for it."""
+    ratio = recipe.training.get(LORAPLUS)
+    if ratio is None:
+        return None
+    chosen, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return create_loraplus_optimizer(
+        model, chosen, loraplus_lr_ratio=ratio, loraplus_weight_decay=arguments.weight_decay, **settings
+    )
 
 
 def scores(trainer: Trainer, rows: Any) -> dict[str, float]:

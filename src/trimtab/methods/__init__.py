@@ -6,6 +6,7 @@ from .bitfit import BitFitConfig
 from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig
 from .compacter import CompacterConfig
+from .cpt import CPTConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
 from .llama_adapter import AdaptionPromptConfig
@@ -30,6 +31,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "boft": BOFTConfig,
     "bottleneck": BottleneckConfig,
     "compacter": CompacterConfig,
+    "cpt": CPTConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
     "llama_adapter": AdaptionPromptConfig,
