@@ -36,6 +36,7 @@ from trimtab import (
     LoKrConfig,
     LoraConfig,
     LoReftConfig,
+    MamConfig,
     MergeError,
     MultitaskPromptTuningConfig,
     OFTConfig,
@@ -45,6 +46,8 @@ from trimtab import (
     PromptEncoderConfig,
     PromptTuningConfig,
     TrainableTokensConfig,
+    UnionConfig,
+    UniPeltConfig,
     VeraConfig,
     get_peft_model,
     sites,
@@ -76,6 +79,12 @@ COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its i
 DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
 _PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
 PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
+GATED = {"merge": "the gate depends on the input"}
+PREFIXED = {
+    "identity": "a prefix changes what attention sees, whatever it holds",
+    "merge": "no weight stands for a prefix",
+    "nest": "one set of virtual tokens acts at a time; a second is refused",
+}
 TOKENS = models.ids().unique().tolist()[::-1]
 
 
@@ -222,6 +231,18 @@ ALL_SMALL_CONFIGS = [
     Case("llama_adapter-llama", AdaptionPromptConfig(adapter_len=3), models.llama,
          skips={"merge": "a second attention is no weight", "nest": "they do not act around the call: tested apart",
                 "finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for it"}),
+    Case("union", UnionConfig(methods=[  # two at "first", in this order, and two at "second"
+        LoraConfig(r=2, lora_alpha=5, target_modules=["first", "second"], bias="all"),
+        IA3Config(target_modules=["first"], feedforward_modules=["first"]),
+        HRAConfig(r=2, target_modules=["second"])]), skips=PAIRS),
+    Case("union-saved", UnionConfig(modules_to_save=["head"], methods=[
+        LoraConfig(r=2, target_modules=["first"]), BitFitConfig()]), skips=REPLACES),
+    Case("union-gated", UnionConfig(gated=True, methods=[
+        LoraConfig(r=2, lora_alpha=5, target_modules=["first", "second"]),
+        BottleneckConfig(target_modules=["second"], reduction_factor=4)]), skips=GATED),
+    Case("mam", MamConfig(num_virtual_tokens=3, encoder_hidden_size=7), models.opt, skips=PREFIXED),
+    Case("unipelt", UniPeltConfig(num_virtual_tokens=3, r=2, reduction_factor=4), models.gpt2, skips=PREFIXED | {
+        "left": "a gate looks at padding too", "right": "a gate looks at padding too"}),
     virtual("prompt_tuning", PromptTuningConfig),
     virtual("prompt_tuning-sampled", PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"),
     virtual("prompt_tuning-bert", PromptTuningConfig, models.bert, task_type="SEQ_CLS"),
@@ -592,16 +613,20 @@ def two_active_adapters_nest(case: Case) -> None:
             continue  # merging checks the former; the latter take many arguments
         keyword = next(iter(kwargs)) if not args else None
         first = kwargs.pop(keyword) if keyword else args[0]
-        rest, a, b = args[1:], site.adapters["default"], site.adapters["second"]
+        rest = args[1:]
 
         def f(x: Any, site: Any = site, rest: Any = rest, kwargs: Any = kwargs, keyword: Any = keyword) -> Any:
             original = sites.lineage(type(site))[1].forward
             return original(site, **{keyword: x}, **kwargs) if keyword else original(site, x, *rest, **kwargs)
 
+        def nested(x: Any, outer: list[Any], f: Any = f, site: Any = site) -> Any:
+            if not outer:
+                return f(x)
+            return outer[-1].after(site, x, nested(outer[-1].before(site, x), outer[:-1]))
+
         with torch.no_grad():
-            inner = b.before(site, first)
-            expected = b.after(site, first, a.after(site, inner, f(a.before(site, inner))))
-        close(got, expected)
+            stack = [part for name in ("default", "second") for part in site.adapters[name].parts()]
+            close(got, nested(first, stack))
         checked += 1
     assert checked or all(isinstance(site, sites.ReadSite) for site in sites.sites(model))
 

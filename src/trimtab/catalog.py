@@ -16,7 +16,7 @@ from torch import nn
 from . import attach, optimizers
 from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import ConfigError, TargetError
-from .methods import METHODS, alora
+from .methods import METHODS, alora, union
 from .prompts import PromptLearningConfig
 from .targets import PartialTargetWarning, TargetConfig
 
@@ -37,8 +37,14 @@ that each of them trains on your model. [benchmarks/methods.md](benchmarks/metho
 """
 
 
-# What changes LoRA and has no config of its own: title, whose text, and the lines of an example that differ.
-AROUND_LORA = (
+# What has no row in the table: title, whose text, and the lines of an example that differ.
+BESIDE = (
+    (
+        "Unions of methods",
+        union,
+        'prefix = trimtab.PrefixTuningConfig(num_virtual_tokens=10, task_type="SEQ_CLS")\n'
+        "model = trimtab.get_peft_model(model, [prefix, trimtab.LoraConfig()])",
+    ),
     (
         "aLoRA",
         alora,
@@ -109,11 +115,11 @@ def page() -> str:
     first, *rest = table()
     lines = [first, tuple("---" for _ in first), *rest]
     parts = [INTRODUCTION, "".join(f"| {' | '.join(line)} |\n" for line in lines)]
-    more = [_around(*found) for found in AROUND_LORA]
+    more = [_beside(*found) for found in BESIDE]
     return "\n".join([*parts, *(_section(entry) for entry in entries()), *more])
 
 
-def _around(title: str, module: ModuleType, code: str) -> str:
+def _beside(title: str, module: ModuleType, code: str) -> str:
     text = (module.__doc__ or "").strip()
     imports = "import torch, transformers, trimtab, trimtab.optimizers"
     load = 'model = transformers.AutoModelForSequenceClassification.from_pretrained("my-model")'

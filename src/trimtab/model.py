@@ -187,9 +187,11 @@ class PeftModel(sites.Swapped, nn.Module):
             raise AdapterError(f"{len(names)} adapters are active: {names}. Ask active_adapters.")
         return names[0]
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig | list[PeftConfig], autocast_adapter_dtype: bool = True
+    ) -> None:
         """Attach one more new adapter; it acts and trains after `set_adapter`. Raises as `get_peft_model` does."""
-        _attach_new(self, adapter_name, peft_config, autocast_adapter_dtype)
+        _attach_new(self, adapter_name, _one(peft_config), autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Let this adapter act and train, or several, each on top of the one before.

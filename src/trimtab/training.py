@@ -251,8 +251,8 @@ def adapted(recipe: Recipe, task: Task) -> Any:
     model, fresh = task.load_model(recipe.model, recipe.quantization)
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    saved = list(dict.fromkeys([*recipe.method.get("modules_to_save", ()), *fresh]))
-    config = recipe.config(task_type=task.task_type, modules_to_save=saved or None)
+    named = [name for method in recipe.methods for name in method.get("modules_to_save", ())]
+    config = recipe.config(task_type=task.task_type, modules_to_save=list(dict.fromkeys([*named, *fresh])) or None)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PartialTargetWarning)
         try:

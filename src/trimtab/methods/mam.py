@@ -5,12 +5,12 @@
 with the prefix made by an MLP while training. A union of prefix tuning and parallel bottleneck adapters.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, PeftConfig
 from ..targets import SavedModulesConfig
 from .bottleneck import BottleneckConfig
 from .prefix_tuning import PrefixTuningConfig
@@ -39,14 +39,12 @@ class MamConfig(SavedModulesConfig):
     scaling: float = 4.0
 
     def union(self) -> UnionConfig:
-        shared = self.model_dump(include=set(SavedModulesConfig.model_fields))
-        prefix = PrefixTuningConfig(
-            num_virtual_tokens=self.num_virtual_tokens,
-            prefix_projection=True,
-            encoder_hidden_size=self.encoder_hidden_size,
-        )
-        parallel = BottleneckConfig(variant="parallel", reduction_factor=self.reduction_factor, scaling=self.scaling)
-        return UnionConfig(methods=[prefix, parallel], **shared)
+        shared: dict[str, Any] = self.model_dump(include=set(SavedModulesConfig.model_fields))
+        prefix: dict[str, Any] = {"num_virtual_tokens": self.num_virtual_tokens, "prefix_projection": True}
+        prefix["encoder_hidden_size"] = self.encoder_hidden_size
+        parallel: dict[str, Any] = {"reduction_factor": self.reduction_factor, "scaling": self.scaling}
+        methods: list[PeftConfig] = [PrefixTuningConfig(**prefix), BottleneckConfig(variant="parallel", **parallel)]
+        return UnionConfig(methods=methods, **shared)
 
     def resolved(self, model: nn.Module) -> UnionConfig:  # type: ignore[override]
         return self.union().resolved(model)

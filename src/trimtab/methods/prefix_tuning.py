@@ -78,7 +78,7 @@ class PrefixAgain(InputAdapter):
         prefix, cache, hidden = self.prefix[0], given.get("past_key_values"), given["hidden_states"]
         if crosses:
             return given
-        gate = prefix.gates[self.layer](hidden).unsqueeze(1) if prefix.gates is not None else 1  # (B, 1, 1, 1)
+        gate = hidden.new_ones(1) if prefix.gates is None else prefix.gates[self.layer](hidden).unsqueeze(1)
         if cache is None and prefix.checkpointed:
             keys, values = prefix.states(self.layer, len(hidden), hidden.dtype)
             return {**given, "past_key_values": caches.FixedCache((keys * gate, values * gate))}

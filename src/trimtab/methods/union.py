@@ -47,8 +47,10 @@ class Gated(Adapter):
         super().__init__()
         kind, shape = type(adapter), weights.layout(site)
         if kind.before is not Adapter.before or shape is None or shape.kernel or isinstance(site, nn.Embedding):
-            raise TargetError(f"{name}: {kind.__name__} at a {type(site).__name__} takes no gate, which needs tokens as "
-                              "input and a change of the output. Leave it out, or set gated=False.")  # fmt: skip
+            raise TargetError(
+                f"{name}: {kind.__name__} at a {type(site).__name__} takes no gate: that needs features as input and a "
+                "change of the output. Leave it out, or set gated=False."
+            )
         self.adapter, self.gate = adapter, Gate(site, shape.into)
 
     def after(self, site: nn.Module, x: Any, y: Any) -> Any:
@@ -119,9 +121,7 @@ class UnionConfig(SavedModulesConfig):
             return Gated(path, site, adapter)
         if isinstance(adapter, Prefix):
             if not adapter.enters_attention:
-                raise TargetError(
-                    f"The prefix of {type(site).__name__} takes no gate: not every layer's attention is known."
-                )
+                raise TargetError(f"{type(site).__name__}: a prefix takes no gate where not every attention is known.")
             width = site.config.get_text_config(decoder=True).hidden_size  # type: ignore[union-attr, operator]
             adapter.gates = nn.ModuleList(Gate(site, width) for _ in range(adapter.layers))
         elif adapter.alone:
@@ -142,9 +142,7 @@ class UnionConfig(SavedModulesConfig):
             replaced = [part for part in parts.values() if part.replacement is not None]
             if len(replaced) > 1 or path in copies:
                 names = " and ".join(self.methods[number].peft_type for number in parts)
-                raise TargetError(
-                    f"{path} is trained whole, and {names} would adapt it too. Leave it out of one of them."
-                )
+                raise TargetError(f"{path} is trained whole, and {names} would adapt it too. Leave it out of one.")
 
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         terms = [method.penalty(own) for method, own in self._own(adapters)]

@@ -5,12 +5,12 @@
 for LoRA's and the adapters' y', and g times the prefix's keys and values; every site and layer has gates of its own.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, PeftConfig
 from ..targets import SavedModulesConfig
 from .bottleneck import BottleneckConfig
 from .lora import LoraConfig
@@ -39,12 +39,11 @@ class UniPeltConfig(SavedModulesConfig):
     reduction_factor: float = Field(16, ge=1)
 
     def union(self) -> UnionConfig:
-        shared = self.model_dump(include=set(SavedModulesConfig.model_fields))
-        methods = [
-            PrefixTuningConfig(num_virtual_tokens=self.num_virtual_tokens),
-            LoraConfig(r=self.r, lora_alpha=self.lora_alpha),
-            BottleneckConfig(variant="pfeiffer", reduction_factor=self.reduction_factor),
-        ]
+        shared: dict[str, Any] = self.model_dump(include=set(SavedModulesConfig.model_fields))
+        prefix: dict[str, Any] = {"num_virtual_tokens": self.num_virtual_tokens}
+        lora: dict[str, Any] = {"r": self.r, "lora_alpha": self.lora_alpha}
+        pfeiffer: dict[str, Any] = {"reduction_factor": self.reduction_factor}
+        methods: list[PeftConfig] = [PrefixTuningConfig(**prefix), LoraConfig(**lora), BottleneckConfig(**pfeiffer)]
         return UnionConfig(methods=methods, gated=True, **shared)
 
     def resolved(self, model: nn.Module) -> UnionConfig:  # type: ignore[override]
