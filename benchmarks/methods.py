@@ -65,12 +65,14 @@ ROWS = [
     Row("lora, DoRA", "lora", 2e-3, {"use_dora": True}),
     Row("lora, PiSSA", "lora", 5e-4, {"init_lora_weights": "pissa"}),
     Row("loreft", "loreft", 2e-3),
+    Row("mam", "mam", 2e-3),
     Row("multitask_prompt_tuning", "multitask_prompt_tuning", 1e-2),
     Row("oft", "oft", 2e-3),
     Row("p_tuning", "p_tuning", 2e-3),
     Row("prefix_tuning", "prefix_tuning", 1e-2),
     Row("prompt_tuning", "prompt_tuning", 1e-2),
     Row("trainable_tokens, 200 commonest", "trainable_tokens", 4e-3),
+    Row("unipelt", "unipelt", 2e-3),
     Row("vera", "vera", 1e-2),
 ]
 

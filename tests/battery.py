@@ -241,8 +241,7 @@ ALL_SMALL_CONFIGS = [
         LoraConfig(r=2, lora_alpha=5, target_modules=["first", "second"]),
         BottleneckConfig(target_modules=["second"], reduction_factor=4)]), skips=GATED),
     Case("mam", MamConfig(num_virtual_tokens=3, encoder_hidden_size=7), models.opt, skips=PREFIXED),
-    Case("unipelt", UniPeltConfig(num_virtual_tokens=3, r=2, reduction_factor=4), models.gpt2, skips=PREFIXED | {
-        "left": "a gate looks at padding too", "right": "a gate looks at padding too"}),
+    Case("unipelt", UniPeltConfig(num_virtual_tokens=3, r=2, reduction_factor=4), models.gpt2, skips=PREFIXED),
     virtual("prompt_tuning", PromptTuningConfig),
     virtual("prompt_tuning-sampled", PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"),
     virtual("prompt_tuning-bert", PromptTuningConfig, models.bert, task_type="SEQ_CLS"),

@@ -38,6 +38,15 @@ from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
+from .methods.lora_data import (
+    CordaConfig,
+    EvaConfig,
+    LoraGAConfig,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+    replace_lora_weights_loftq,
+)
 from .methods.loreft import LoReftConfig
 from .methods.mam import MamConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -77,7 +86,9 @@ __all__ = [
     "CheckpointError",
     "CompacterConfig",
     "ConfigError",
+    "CordaConfig",
     "DataError",
+    "EvaConfig",
     "HRAConfig",
     "IA3Config",
     "InputAdapter",
@@ -86,6 +97,7 @@ __all__ = [
     "LoKrConfig",
     "LoReftConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "MamConfig",
     "MergeError",
     "MultitaskPromptTuningConfig",
@@ -111,9 +123,13 @@ __all__ = [
     "UnionConfig",
     "VeraConfig",
     "get_peft_model",
+    "initialize_lora_eva_weights",
     "nearest_tokens",
     "prepare_model_for_int8_training",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
 ]
 
 

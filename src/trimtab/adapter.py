@@ -265,6 +265,10 @@ class PeftConfig(BaseModel, ABC):
         """The entry, from what a file holds of it; `into` is what is there now, and must not be changed."""
         return value
 
+    def to_save(self) -> "PeftConfig":
+        """The config of what is saved, where that is another than of what is trained."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         settings = self.model_dump(mode="json")
         kept = {key: value for key, value in settings.items() if value is not None or key not in self.not_in_hf}

@@ -16,7 +16,7 @@ from torch import nn
 from . import attach, optimizers
 from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import ConfigError, TargetError
-from .methods import METHODS, alora, union
+from .methods import METHODS, alora, lora_data, lora_init, union
 from .prompts import PromptLearningConfig
 from .targets import PartialTargetWarning, TargetConfig
 
@@ -44,6 +44,18 @@ BESIDE = (
         union,
         'prefix = trimtab.PrefixTuningConfig(num_virtual_tokens=10, task_type="SEQ_CLS")\n'
         "model = trimtab.get_peft_model(model, [prefix, trimtab.LoraConfig()])",
+    ),
+    (
+        "LoRA's starts from the weight",
+        lora_init,
+        'model = trimtab.get_peft_model(model, trimtab.LoraConfig(init_lora_weights="pissa"))',
+    ),
+    (
+        "LoRA's starts from data",
+        lora_data,
+        'config = trimtab.LoraConfig(init_lora_weights="corda", task_type="SEQ_CLS")\n'
+        "trimtab.preprocess_corda(model, config, lambda: model(torch.tensor([[5, 6, 7, 8]])))\n"
+        "model = trimtab.get_peft_model(model, config)",
     ),
     (
         "aLoRA",

@@ -31,8 +31,8 @@ def save(
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is a file; an adapter is saved to a folder.")
-    config = own.configs[name].model_copy(update={"inference_mode": True})
-    tensors = hf_format.state(config, own.adapters(name), values, name)
+    tensors = hf_format.state(own.configs[name], own.adapters(name), values, name)
+    config = own.configs[name].to_save().model_copy(update={"inference_mode": True})
     if not write:
         return
     metadata = {"format": "pt", "base_model_class": type(model).__name__, "base_model_type": _model_type(model)}

@@ -17,7 +17,7 @@ import re
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,13 +28,21 @@ from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value,
 from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
 from .dora import Magnitude
-from .lora_init import KINDS, Start, orthogonal_
+from .lora_data import DATA_KINDS, CordaConfig, EvaConfig, LoraGAConfig
+from .lora_init import KINDS, GivenStart, Start, join, orthogonal_, part
 from .trainable_tokens import token_adapters
 
 
 class LoraAdapter(Adapter):
     def __init__(
-        self, name: str, site: nn.Module, r: int, scale: float, dropout: float, init: bool | str, dora: bool = False
+        self,
+        site: nn.Module,
+        r: int,
+        scale: float,
+        dropout: float,
+        init: bool | str,
+        dora: bool = False,
+        start: Start | None = None,
     ) -> None:
         """A (r, in, *kernel) and B (out, r / groups, *ones); scale is s, dropout a probability."""
         super().__init__()
@@ -46,14 +54,16 @@ class LoraAdapter(Adapter):
         self.B = weights.new_parameter(site, shape.out, r // shape.groups, *[1] * len(shape.kernel))
         self.rank = r, min(shape.out, self.A[0].numel())
         self.bias: TrainedBias | None = None
-        self.start: Start | None = None
+        self.start = start
         self.invocation: Invocation | None = None
-        if isinstance(init, str) and re.fullmatch(KINDS, init):
-            self.start = Start(name, site, r, scale, init)
-            self.A.data.copy_(self.start.A)
-            self.B.data.copy_(self.start.B)
-        else:
+        if start is None:
             self._initialise(init)
+        else:
+            self.A.data.copy_(start.A)
+            self.B.data.copy_(start.B)
+        if isinstance(start, GivenStart):
+            self.register_state_dict_post_hook(join)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(part)  # type: ignore[no-untyped-call]
         self.magnitude = Magnitude(site) if dora else None
         if self.magnitude is not None and not self.A.is_meta:
             self.magnitude.start(site, *self._change(), scale)
@@ -131,7 +141,8 @@ class LoraConfig(TargetConfig):
     rank_pattern, alpha_pattern: other values for the modules a key (a regular expression for the end of the name)
     means. init_lora_weights: True (A as nn.Linear's default, B zero), "gaussian" (A normal with deviation 1 / r),
     False (both random), or a start of methods/lora_init.py: "orthogonal", "pissa", "pissa_niter_K" (K rounds of a
-    randomised SVD), "olora".
+    randomised SVD), "olora"; or of methods/lora_data.py: "eva" (eva_config), "corda" (corda_config), "lora_ga"
+    (lora_ga_config), "loftq", each with a function to call.
     alora_invocation_tokens: act only from these tokens on (methods/alora.py).
     share_across_layers: one A and B for all layers, saved once (HF PEFT cannot read that). fan_in_fan_out is set by
     itself: the layer tells how it stores its weight.
@@ -157,9 +168,9 @@ class LoraConfig(TargetConfig):
     hf_prefix: ClassVar[str] = "lora_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset({"share_across_layers"})
     hf_only: ClassVar[dict[str, Any]] = {
-        "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
-        "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_bias": False,
-        "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None,
+        "arrow_config": None, "ensure_weight_tying": False,
+        "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_bias": False,
+        "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None,
         "qalora_group_size": 16, "target_parameters": None, "use_bdlora": None,
         "use_qalora": False, "velora_config": None,
     }  # fmt: skip
@@ -177,12 +188,16 @@ class LoraConfig(TargetConfig):
     share_across_layers: bool | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     alora_invocation_tokens: list[int] | None = Field(None, min_length=1)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
+    _given: dict[str, tuple[Tensor, Tensor]] = PrivateAttr(default_factory=dict)
 
     @field_validator("init_lora_weights")
     @classmethod
     def _known(cls, value: bool | str) -> bool | str:
-        if isinstance(value, str) and not re.fullmatch(f"gaussian|orthogonal|{KINDS}", value):
-            known = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
+        if isinstance(value, str) and not re.fullmatch(f"gaussian|orthogonal|{'|'.join(DATA_KINDS)}|{KINDS}", value):
+            known = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", *DATA_KINDS)
             raise ValueError(f"no start is known by that name.{did_you_mean(value, known)}")
         return value
 
@@ -218,15 +233,56 @@ class LoraConfig(TargetConfig):
     def _check_sharing(self) -> None:
         own = {"bias": "none", "use_dora": False, "alpha_pattern": {}}
         differ = [setting for setting, value in own.items() if getattr(self, setting) != value]
-        if str(self.init_lora_weights).startswith(("pissa", "olora")):
+        if str(self.init_lora_weights).startswith(("pissa", "olora", *DATA_KINDS)):
             differ.append("init_lora_weights")
         if differ:
             raise ConfigError(f"{differ[0]}={getattr(self, differ[0])!r} makes the adapter of each layer its own: it "
                               "cannot go with share_across_layers=True.")  # fmt: skip
 
-    def build(self, name: str, site: nn.Module) -> LoraAdapter:
+    @property
+    def given_starts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A0 and B0 by module name, where they were found in data (methods/lora_data.py)."""
+        return self._given
+
+    def rank_and_scale(self, name: str) -> tuple[int, float]:
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, self.lora_alpha)
+        return r, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def to_save(self) -> "LoraConfig":
+        """A start found in data is in the weights; with A0 and B0 among them, the rank is twice that of training."""
+        if self.init_lora_weights not in DATA_KINDS:
+            return self
+        plain: dict[str, Any] = dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"))
+        plain["init_lora_weights"] = True
+        if self.given_starts:
+            more = math.sqrt(2) if self.use_rslora else 2  # keeps s
+            plain |= {"r": 2 * self.r, "lora_alpha": more * self.lora_alpha}
+            plain["rank_pattern"] = {name: 2 * r for name, r in self.rank_pattern.items()}
+            plain["alpha_pattern"] = {name: more * alpha for name, alpha in self.alpha_pattern.items()}
+        return self.model_copy(update=plain)
+
+    def _start(self, name: str, site: nn.Module) -> Start | None:
+        kind, (r, scale) = str(self.init_lora_weights), self.rank_and_scale(name)
+        if re.fullmatch(KINDS, kind):
+            return Start.of_weight(name, site, r, scale, kind)
+        if kind == "loftq" and not weights.is_quantized(site):
+            raise ConfigError(f"{name} is not quantized, and LoftQ makes up for what that loses. Load the model in "
+                              "4 bit, then call replace_lora_weights_loftq(model).")  # fmt: skip
+        if kind not in ("corda", "lora_ga"):
+            return None
+        if name not in self.given_starts:
+            function = {"corda": "preprocess_corda", "lora_ga": "preprocess_loraga"}[kind]
+            raise ConfigError(f"{name} has no start from data: call {function}(model, config, ...) first. (HF PEFT's "
+                              "files are of a changed base, except those that were saved with "
+                              "path_initial_model_for_weight_conversion.)")  # fmt: skip
+        A, B = self.given_starts[name]
+        if A.shape[0] != r:
+            raise ConfigError(f"{name} has a start from data of rank {A.shape[0]}, not {r}. Find it again.")
+        return GivenStart(A.to(weights.device(site)).clone(), B.to(weights.device(site)).clone())
+
+    def build(self, name: str, site: nn.Module) -> LoraAdapter:
+        r, scale = self.rank_and_scale(name)
         shape = weights.layout(site)
         assert shape is not None
         if r < 1 or r % shape.groups:
@@ -235,8 +291,8 @@ class LoraConfig(TargetConfig):
         if self.use_dora and shape.groups > 1:
             raise ConfigError(f"{name} has {shape.groups} groups: DoRA measures the rows of one product B A. "
                               "Leave it out with exclude_modules, or set use_dora=False.")  # fmt: skip
-        scale = alpha / (math.sqrt(r) if self.use_rslora else r)
-        adapter = LoraAdapter(name, site, r, scale, self.lora_dropout, self.init_lora_weights, self.use_dora)
+        start, init = self._start(name, site), self.init_lora_weights
+        adapter = LoraAdapter(site, r, scale, self.lora_dropout, init, self.use_dora, start)
         if self.bias != "none" and has_bias(site):
             adapter.bias = TrainedBias(site)
         return adapter

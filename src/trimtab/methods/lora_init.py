@@ -9,6 +9,7 @@ it, frozen, and computed again from W when the adapter is loaded, as HF PEFT doe
 """
 
 import re
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,13 @@ class Start(nn.Module):
     A: Tensor
     B: Tensor
 
-    def __init__(self, name: str, site: nn.Module, r: int, scale: float, kind: str) -> None:
+    def __init__(self, A: Tensor, B: Tensor) -> None:
         super().__init__()
+        self.register_buffer("A", A.contiguous(), persistent=False)
+        self.register_buffer("B", B.contiguous(), persistent=False)
+
+    @classmethod
+    def of_weight(cls, name: str, site: nn.Module, r: int, scale: float, kind: str) -> Self:
         W = weights.read(site).detach()
         if not is_linear(site) or W.is_meta:
             what = "has no values yet" if W.is_meta else f"is a {type(site).__name__}, not a linear layer"
@@ -36,9 +42,26 @@ class Start(nn.Module):
             raise ConfigError(f"{name} is a matrix of rank {min(W.shape)} at most: init_lora_weights={kind!r} "
                               f"has no r={r} parts of it to start from. Closest: {min(W.shape)}.")  # fmt: skip
         with torch.device(W.device):  # also while a plan is made on the meta device
-            A, B = _parts(W.to(weights.master_dtype(W.dtype)), r, scale, kind)
-        self.register_buffer("A", A.contiguous(), persistent=False)
-        self.register_buffer("B", B.contiguous(), persistent=False)
+            return cls(*_parts(W.to(weights.master_dtype(W.dtype)), r, scale, kind))
+
+
+class GivenStart(Start):
+    """A start that cannot be computed again: it goes into the file with what is trained."""
+
+
+def join(adapter: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """After an adapter's state is taken: [A; A0] and [B, -B0], which are an ordinary LoRA."""
+    A, B = state[f"{prefix}A"], state[f"{prefix}B"]
+    state[f"{prefix}A"] = torch.cat([A, adapter.start.A.to(A)])
+    state[f"{prefix}B"] = torch.cat([B, -adapter.start.B.to(B)], 1)
+
+
+def part(adapter: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before an adapter's state is loaded: what `join` has put together, taken apart."""
+    r = len(adapter.A)
+    A, B = state[f"{prefix}A"], state[f"{prefix}B"]
+    adapter.start.A, adapter.start.B = A[r:].clone(), -B[:, r:]
+    state[f"{prefix}A"], state[f"{prefix}B"] = A[:r], B[:, :r]
 
 
 def _parts(W: Tensor, r: int, scale: float, kind: str) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,9 @@ class UnionConfig(SavedModulesConfig):
     def union_of(self) -> list[PeftConfig]:
         return list(self.methods)
 
+    def to_save(self) -> "UnionConfig":
+        return self.model_copy(update={"methods": [method.to_save() for method in self.methods]})
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "methods": [method.to_dict() for method in self.methods]}
 
