@@ -254,6 +254,8 @@ def test_a_saved_adapter_literally(tmp_path: Path) -> None:
   "auto_mapping": null,
   "base_model_name_or_path": null,
   "bias": "none",
+  "corda_config": null,
+  "eva_config": null,
   "exclude_modules": null,
   "fan_in_fan_out": false,
   "inference_mode": true,
@@ -262,6 +264,7 @@ def test_a_saved_adapter_literally(tmp_path: Path) -> None:
   "layers_to_transform": null,
   "lora_alpha": 16,
   "lora_dropout": 0.1,
+  "lora_ga_config": null,
   "modules_to_save": [
     "classifier"
   ],

@@ -39,14 +39,12 @@ from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
 from .methods.lora_data import (
-    CordaConfig,
-    EvaConfig,
-    LoraGAConfig,
     initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
     replace_lora_weights_loftq,
 )
+from .methods.lora_init import CordaConfig, EvaConfig, LoraGAConfig
 from .methods.loreft import LoReftConfig
 from .methods.mam import MamConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit

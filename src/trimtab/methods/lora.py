@@ -28,8 +28,18 @@ from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value,
 from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
 from .dora import Magnitude
-from .lora_data import DATA_KINDS, CordaConfig, EvaConfig, LoraGAConfig
-from .lora_init import KINDS, GivenStart, Start, join, orthogonal_, part
+from .lora_init import (
+    DATA_KINDS,
+    KINDS,
+    CordaConfig,
+    EvaConfig,
+    GivenStart,
+    LoraGAConfig,
+    Start,
+    join,
+    orthogonal_,
+    part,
+)
 from .trainable_tokens import token_adapters
 
 
@@ -282,7 +292,7 @@ class LoraConfig(TargetConfig):
         return GivenStart(A.to(weights.device(site)).clone(), B.to(weights.device(site)).clone())
 
     def build(self, name: str, site: nn.Module) -> LoraAdapter:
-        r, scale = self.rank_and_scale(name)
+        r = pattern_value(self.rank_pattern, name, self.r)
         shape = weights.layout(site)
         assert shape is not None
         if r < 1 or r % shape.groups:
@@ -291,6 +301,7 @@ class LoraConfig(TargetConfig):
         if self.use_dora and shape.groups > 1:
             raise ConfigError(f"{name} has {shape.groups} groups: DoRA measures the rows of one product B A. "
                               "Leave it out with exclude_modules, or set use_dora=False.")  # fmt: skip
+        _, scale = self.rank_and_scale(name)
         start, init = self._start(name, site), self.init_lora_weights
         adapter = LoraAdapter(site, r, scale, self.lora_dropout, init, self.use_dora, start)
         if self.bias != "none" and has_bias(site):

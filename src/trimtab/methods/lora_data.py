@@ -18,67 +18,19 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from .. import attach, weights
 from ..errors import AdapterError, ConfigError
 from ..targets import compact, is_linear, pattern_value
-
-if TYPE_CHECKING:
-    from .lora import LoraAdapter, LoraConfig
+from .lora import LoraAdapter, LoraConfig
+from .lora_init import CordaConfig, EvaConfig, LoraGAConfig
 
 Pair = tuple[Tensor, Tensor]
-DATA_KINDS = ("eva", "corda", "lora_ga", "loftq")
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's settings not offered here -> the value that switches them off
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without(cls, given: Any) -> Any:
-        switched_off = cls.hf_only.items()
-        return dict(given.items() - switched_off) if isinstance(given, dict) else given
-
-
-class EvaConfig(_Settings):
-    """rho: the highest rank of a site is rho r. tau: a site's components are found when two batches agree to this
-    cosine. use_label_mask: leave out tokens whose label is label_mask_value. whiten: divide components by the root of
-    their singular values. adjust_scaling_factors: keep s = alpha / r where the rank changes."""
-
-    rho: float = Field(2.0, ge=1)
-    tau: float = Field(0.99, ge=-1, le=1)
-    use_label_mask: bool = True
-    label_mask_value: int = -100
-    whiten: bool = False
-    adjust_scaling_factors: bool = True
-
-
-class CordaConfig(_Settings):
-    """corda_method: "ipm" (instruction-previewed) adapts what the data use most, "kpm" (knowledge-preserved) least."""
-
-    hf_only: ClassVar[dict[str, Any]] = {
-        "cache_file": None, "covariance_file": None, "prune_temporary_fields": True,
-        "use_float16_for_covariance": False, "verbose": False,
-    }  # fmt: skip
-
-    corda_method: Literal["ipm", "kpm"] = "ipm"
-
-
-class LoraGAConfig(_Settings):
-    """direction: which of the 2r first singular vectors A0 and B0 get. scale: of B0 "stable" by the fourth root of the
-    outputs over the root of stable_gamma, "weight_svd" by W's largest singular value over G's, "gd_scale" both 1 / s,
-    "unit" none."""
-
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    stable_gamma: int = Field(16, ge=1)
 
 
 # EVA
@@ -95,7 +47,7 @@ def initialize_lora_eva_weights(
         AdapterError, ConfigError: no such adapter, or data too few for its ranks.
     """
     own = attach.trunk(model)
-    config = cast("LoraConfig", own.configs.get(adapter_name))
+    config = cast(LoraConfig, own.configs.get(adapter_name))
     if config is None or getattr(config, "init_lora_weights", None) != "eva":
         raise AdapterError(f"{adapter_name!r} is no adapter with init_lora_weights='eva'.")
     settings = config.eva_config or EvaConfig.model_validate({})
@@ -123,7 +75,7 @@ def initialize_lora_eva_weights(
     made = attach.plan(model, new, f"{adapter_name}_eva")
     for path, r in chosen.items():
         with torch.no_grad():
-            cast("LoraAdapter", made.adapters[path]).A.copy_(found[path][0][:r])
+            cast(LoraAdapter, made.adapters[path]).A.copy_(found[path][0][:r])
     attach.delete(model, adapter_name)
     made.name = adapter_name
     attach.install(model, made)
@@ -201,7 +153,7 @@ def _shared_out(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
 
 
 @torch.no_grad()
-def preprocess_corda(model: nn.Module, lora_config: "LoraConfig", run_model: Callable[[], object]) -> None:
+def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Callable[[], object]) -> None:
     """Find CorDA's start for this config, to be called before `get_peft_model(model, lora_config)`.
 
     Args:
@@ -234,7 +186,7 @@ def _corda(W: Tensor, C: Tensor, r: int, scale: float, settings: CordaConfig) ->
     return root[:, None] * Vh[part], U[:, part] * root
 
 
-def preprocess_loraga(model: nn.Module, lora_config: "LoraConfig", train_step: Callable[[], object]) -> None:
+def preprocess_loraga(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], object]) -> None:
     """Find LoRA-GA's start for this config, to be called before `get_peft_model(model, lora_config)`.
 
     Args:
@@ -306,12 +258,12 @@ def _gradients_of(model: nn.Module, sites: Mapping[str, nn.Module]) -> Iterator[
             model.train(training)
 
 
-def _check_kind(config: "LoraConfig", kind: str) -> None:
+def _check_kind(config: LoraConfig, kind: str) -> None:
     if config.init_lora_weights != kind:
         raise ConfigError(f"The config has init_lora_weights={config.init_lora_weights!r}. Closest: {kind!r}.")
 
 
-def _chosen(model: nn.Module, config: "LoraConfig") -> dict[str, nn.Module]:
+def _chosen(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     found = config.resolved(model).find(model)
     for name, site in found.items():
         if not is_linear(site):
@@ -321,7 +273,7 @@ def _chosen(model: nn.Module, config: "LoraConfig") -> dict[str, nn.Module]:
 
 
 def _observed(
-    model: nn.Module, config: "LoraConfig", run: Callable[[], object]
+    model: nn.Module, config: LoraConfig, run: Callable[[], object]
 ) -> Iterator[tuple[str, nn.Module, int, float, list[Tensor]]]:
     chosen = _chosen(model, config)
     calls: dict[str, list[Tensor]] = {name: [] for name in chosen}
@@ -380,7 +332,7 @@ def replace_lora_weights_loftq(
         AdapterError, ConfigError: no such adapter, no quantized layer under it, or no such weights.
     """
     own = attach.trunk(peft_model)
-    adapters = cast("dict[str, LoraAdapter]", own.adapters(adapter_name))
+    adapters = cast(dict[str, LoraAdapter], own.adapters(adapter_name))
     found = {path: adapter for path, adapter in adapters.items() if weights.is_quantized(own.sites[path])}
     if not found:
         raise AdapterError(f"{adapter_name!r} has no site with a quantized weight, so there is nothing to make up for.")

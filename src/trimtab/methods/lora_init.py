@@ -9,9 +9,10 @@ it, frozen, and computed again from W when the adapter is loaded, as HF PEFT doe
 """
 
 import re
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from .. import weights
@@ -19,6 +20,52 @@ from ..errors import ConfigError
 from ..targets import is_linear
 
 KINDS = r"pissa|pissa_niter_\d+|olora"
+DATA_KINDS = ("eva", "corda", "lora_ga", "loftq")  # lora_data.py
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's settings not offered here -> the value that switches them off
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without(cls, given: Any) -> Any:
+        switched_off = cls.hf_only.items()
+        return dict(given.items() - switched_off) if isinstance(given, dict) else given
+
+
+class EvaConfig(_Settings):
+    """rho: the highest rank of a site is rho r. tau: a site's components are found when two batches agree to this
+    cosine. use_label_mask: leave out tokens whose label is label_mask_value. whiten: divide components by the root of
+    their singular values. adjust_scaling_factors: keep s = alpha / r where the rank changes."""
+
+    rho: float = Field(2.0, ge=1)
+    tau: float = Field(0.99, ge=-1, le=1)
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+
+class CordaConfig(_Settings):
+    """corda_method: "ipm" (instruction-previewed) adapts what the data use most, "kpm" (knowledge-preserved) least."""
+
+    hf_only: ClassVar[dict[str, Any]] = {
+        "cache_file": None, "covariance_file": None, "prune_temporary_fields": True,
+        "use_float16_for_covariance": False, "verbose": False,
+    }  # fmt: skip
+
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+
+
+class LoraGAConfig(_Settings):
+    """direction: which of the 2r first singular vectors A0 and B0 get. scale: of B0 "stable" by the fourth root of the
+    outputs over the root of stable_gamma, "weight_svd" by W's largest singular value over G's, "gd_scale" both 1 / s,
+    "unit" none."""
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: int = Field(16, ge=1)
 
 
 class Start(nn.Module):
