@@ -119,12 +119,14 @@ def read(module: nn.Module) -> Tensor:
         raise MergeError(f"The weight of {type(module).__name__} is sharded. Save the adapter and merge it unsharded.")
     if is_offloaded(module):
         raise MergeError(f"The weight of {type(module).__name__} is offloaded. Load the model whole to merge into it.")
-    kind = type(weight).__name__
-    if kind == "Params4bit":
+    kind = type(weight)
+    if kind in (nn.Parameter, Tensor):  # first: torch.compile cannot look at their module's name
+        dense = weight
+    elif kind.__name__ == "Params4bit":
         dense = _read_4bit(weight)
-    elif kind == "Int8Params":
+    elif kind.__name__ == "Int8Params":
         dense = _read_8bit(module, weight)
-    elif type(weight).__module__.startswith("torchao"):
+    elif kind.__module__.startswith("torchao"):
         dense = weight.dequantize()
     else:
         dense = weight
