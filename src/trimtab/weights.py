@@ -7,7 +7,7 @@ store it otherwise: transposed (Embedding, GPT-2's Conv1D), under another name (
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,17 +119,15 @@ def read(module: nn.Module) -> Tensor:
         raise MergeError(f"The weight of {type(module).__name__} is sharded. Save the adapter and merge it unsharded.")
     if is_offloaded(module):
         raise MergeError(f"The weight of {type(module).__name__} is offloaded. Load the model whole to merge into it.")
-    kind = type(weight)
-    if kind in (nn.Parameter, Tensor):  # first: torch.compile cannot look at their module's name
-        dense = weight
+    kind, dense = type(weight), cast(Tensor, weight)
+    if kind in (nn.Parameter, Tensor):
+        pass  # first: torch.compile cannot look at their module's name
     elif kind.__name__ == "Params4bit":
         dense = _read_4bit(weight)
     elif kind.__name__ == "Int8Params":
         dense = _read_8bit(module, weight)
     elif kind.__module__.startswith("torchao"):
         dense = weight.dequantize()
-    else:
-        dense = weight
     return dense.T if shape and shape.transposed else dense
 
 

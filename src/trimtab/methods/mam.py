@@ -20,7 +20,7 @@ from .union import UnionConfig
 class MamConfig(SavedModulesConfig):
     """MAM's settings. Attached it is a UnionConfig of the two methods.
 
-    num_virtual_tokens: of the prefix, 30 in the paper. encoder_hidden_size: width of its MLP, 512 there.
+    num_virtual_tokens: of the prefix, 30 in the paper. encoder_hidden_size: width of its MLP, 800 there.
     reduction_factor: of the adapters, whose width is that of the model divided by it. scaling: s, 4.
     """
 
@@ -34,7 +34,7 @@ class MamConfig(SavedModulesConfig):
     )
 
     num_virtual_tokens: int = Field(30, ge=1)
-    encoder_hidden_size: int = Field(512, ge=1)
+    encoder_hidden_size: int = Field(800, ge=1)
     reduction_factor: float = Field(2, ge=1)
     scaling: float = 4.0
 

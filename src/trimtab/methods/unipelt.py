@@ -35,7 +35,7 @@ class UniPeltConfig(SavedModulesConfig):
 
     num_virtual_tokens: int = Field(10, ge=1)
     r: int = Field(8, ge=1)
-    lora_alpha: int | float = 16
+    lora_alpha: int | float = 8
     reduction_factor: float = Field(16, ge=1)
 
     def union(self) -> UnionConfig:
