@@ -50,8 +50,10 @@ def _read(model: PeftModel, folder: Path) -> None:
 class RunTrainer(Trainer):
     """The Trainer of a run: it stops at a loss or gradient that cannot be right, and keeps the batch that gave it."""
 
-    def __init__(self, output: Path, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, output: Path, metrics: Callable[[Any, Any], dict[str, float]], **settings: Any) -> None:
+        """metrics: scores of an EvalPrediction and of the rows that it is of, in their order."""
+        super().__init__(compute_metrics=lambda found: metrics(found, self.evaluated), **settings)
+        self.evaluated: Any = None
         self.output = output
         self.batch: dict[str, Any] = {}
         # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the number
@@ -72,6 +74,13 @@ class RunTrainer(Trainer):
                 "The loss is exactly 0, so that nothing is learned", "other labels: those of this batch are ignored"
             )
         return loss
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **settings: Any) -> Any:
+        self.evaluated = dataloader.dataset
+        return super().evaluation_loop(dataloader, *args, **settings)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """The rows as they come: where training groups them by length, Trainer would here, too."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)

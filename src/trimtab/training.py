@@ -72,12 +72,12 @@ def train(
     model = adapted(recipe, task)
     trainer = RunTrainer(
         recipe.output,
+        task.metrics,
         model=model,
         args=arguments,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=task.collate,
-        compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduced,
         callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks],
     )
@@ -98,7 +98,7 @@ def train(
         **after,
         "untrained": before,
         "majority": {split: task.baseline(rows["train"], found) for split, found in held_out.items()},
-        "rows": {split: len(found) for split, found in rows.items()},
+        "rows": {split: task.count(found) for split, found in rows.items()},
         "steps": trainer.state.global_step,
         "trainable_parameters": trainable,
         "total_parameters": total,

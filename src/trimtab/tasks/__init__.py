@@ -1,5 +1,6 @@
 """The tasks: one file each, and the table of their names."""
 
+from .question_answering import QuestionAnswering
 from .task import Data, Task
 from .text_classification import TextClassification
 from .text_generation import TextGeneration
@@ -11,4 +12,5 @@ TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
     "token-classification": TokenClassification,
     "text-generation": TextGeneration,
+    "question-answering": QuestionAnswering,
 }

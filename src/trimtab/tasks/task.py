@@ -160,6 +160,10 @@ class Task(ABC):
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of encoded rows as the model's keyword arguments."""
 
+    def count(self, rows: Any) -> int:
+        """The rows of the file that encoded rows are of."""
+        return len(rows)
+
     def length(self, row: dict[str, Any]) -> int:
         """How much memory an encoded row takes, in any unit."""
         return len(row["input_ids"])
@@ -169,8 +173,8 @@ class Task(ABC):
         return logits
 
     @abstractmethod
-    def metrics(self, evaluation: Any) -> dict[str, float]:
-        """Scores of a `transformers.EvalPrediction`."""
+    def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:
+        """Scores of a `transformers.EvalPrediction` of encoded rows."""
 
     def baseline(self, train: Any, rows: Any) -> dict[str, float]:
         """The same scores for the best guess that ignores the input, where there is such a guess."""
@@ -183,6 +187,10 @@ class Task(ABC):
     @abstractmethod
     def inputs(self, path: Path) -> list[Any]:
         """What a file asks to be predicted. Raises: DataError."""
+
+    def asked(self, texts: Sequence[str]) -> list[Any]:
+        """What single texts ask to be predicted. Raises: DataError."""
+        return list(texts)
 
     @abstractmethod
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:

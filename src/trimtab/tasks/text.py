@@ -41,16 +41,25 @@ class TextTask(Task):
     def batches(self, inputs: Sequence[Any], size: int = 32) -> Iterator[Sequence[Any]]:
         return (inputs[start : start + size] for start in range(0, len(inputs), size))
 
+    def given(self) -> dict[str, str]:
+        """The columns that are there before the answer is."""
+        return {name: column for name, column in self.names.items() if name != list(self.usual)[-1]}
+
+    def asked(self, texts: Sequence[str]) -> list[Any]:
+        """Texts, or tuples of them where a row has several."""
+        size = len(self.given())
+        if len(texts) % size:
+            raise DataError(f"This task reads {size} texts at a time ({', '.join(self.given())}), not {len(texts)}.")
+        return list(texts) if size == 1 else list(zip(*[iter(texts)] * size, strict=True))
+
     def inputs(self, path: Path) -> list[Any]:
-        """The texts (or tuples of them) of a file: one a line in a .txt, else from the columns trained on."""
-        answer = list(self.usual)[-1]
-        wanted = [column for name, column in self.names.items() if name != answer]
+        """What `asked` gives for the texts of a file: one a line in a .txt, else from the columns trained on."""
         if path.suffix == ".txt":
-            found: list[Any] = rows.lines(path)
+            found = self.asked(rows.lines(path))
         else:
-            table = rows.read(path)
-            columns.check(path, table, wanted)
-            cells = [[columns.text(value) for value in table[column]] for column in wanted]
+            table, wanted = rows.read(path), self.given()
+            columns.check(path, table, wanted.values())
+            cells = [[self.cell(name, value, None) for value in table[column]] for name, column in wanted.items()]
             found = cells[0] if len(cells) == 1 else list(zip(*cells, strict=True))
         if not found:
             raise DataError(f"{path} holds no text.")
