@@ -2,6 +2,7 @@
 
 from .question_answering import QuestionAnswering
 from .task import Data, Task
+from .text2text_generation import Text2TextGeneration
 from .text_classification import TextClassification
 from .text_generation import TextGeneration
 from .token_classification import TokenClassification
@@ -12,5 +13,6 @@ TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
     "token-classification": TokenClassification,
     "text-generation": TextGeneration,
+    "text2text-generation": Text2TextGeneration,
     "question-answering": QuestionAnswering,
 }
