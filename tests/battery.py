@@ -28,6 +28,7 @@ from trimtab import (
     BOFTConfig,
     BottleneckConfig,
     CompacterConfig,
+    CPTConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -35,6 +36,7 @@ from trimtab import (
     LoKrConfig,
     LoraConfig,
     LoReftConfig,
+    MamConfig,
     MergeError,
     MultitaskPromptTuningConfig,
     OFTConfig,
@@ -44,6 +46,8 @@ from trimtab import (
     PromptEncoderConfig,
     PromptTuningConfig,
     TrainableTokensConfig,
+    UnionConfig,
+    UniPeltConfig,
     VeraConfig,
     get_peft_model,
     sites,
@@ -75,6 +79,12 @@ COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its i
 DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
 _PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
 PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
+GATED = {"merge": "the gate depends on the input"}
+PREFIXED = {
+    "identity": "a prefix changes what attention sees, whatever it holds",
+    "merge": "no weight stands for a prefix",
+    "nest": "one set of virtual tokens acts at a time; a second is refused",
+}
 TOKENS = models.ids().unique().tolist()[::-1]
 
 
@@ -204,6 +214,9 @@ ALL_SMALL_CONFIGS = [
     Case("trainable_tokens-linear", TrainableTokensConfig(token_indices=[2, 0], target_modules=["head"])),
     lora("lora-tokens", partial(models.gpt2, initializer_range=0.2), target_modules=["c_attn"],
          trainable_token_indices=TOKENS),
+    lora("lora-alora", models.gpt2, target_modules=["c_attn", "c_fc"],
+         skips={"merge": "it acts on some tokens only", "nest": "layers act in calls of the model only; tested apart"},
+         alora_invocation_tokens=models.ids()[0, 2:3].tolist()),
     lora("lora-pissa", init_lora_weights="pissa", lora_dropout=0.1, skips={"identity": "dropout hides parts of W"}),
     lora("lora-olora-dora", init_lora_weights="olora", use_dora=True, skips=DETACHED | {
         "identity": "the rows' length is that of W - B0 A0 + B A, W's up to rounding",
@@ -218,11 +231,25 @@ ALL_SMALL_CONFIGS = [
     Case("llama_adapter-llama", AdaptionPromptConfig(adapter_len=3), models.llama,
          skips={"merge": "a second attention is no weight", "nest": "they do not act around the call: tested apart",
                 "finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for it"}),
+    Case("union", UnionConfig(methods=[  # two at "first", in this order, and two at "second"
+        LoraConfig(r=2, lora_alpha=5, target_modules=["first", "second"], bias="all"),
+        IA3Config(target_modules=["first"], feedforward_modules=["first"]),
+        HRAConfig(r=2, target_modules=["second"])]), skips=PAIRS),
+    Case("union-saved", UnionConfig(modules_to_save=["head"], methods=[
+        LoraConfig(r=2, target_modules=["first"]), BitFitConfig()]), skips=REPLACES),
+    Case("union-gated", UnionConfig(gated=True, methods=[
+        LoraConfig(r=2, lora_alpha=5, target_modules=["first", "second"]),
+        BottleneckConfig(target_modules=["second"], reduction_factor=4)]), skips=GATED),
+    Case("mam", MamConfig(num_virtual_tokens=3, encoder_hidden_size=7), models.opt, skips=PREFIXED),
+    Case("unipelt", UniPeltConfig(num_virtual_tokens=3, r=2, reduction_factor=4), models.gpt2, skips=PREFIXED | {
+        "left": "a gate looks at padding too", "right": "a gate looks at padding too"}),
     virtual("prompt_tuning", PromptTuningConfig),
     virtual("prompt_tuning-sampled", PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"),
     virtual("prompt_tuning-bert", PromptTuningConfig, models.bert, task_type="SEQ_CLS"),
     virtual("prompt_tuning-t5", PromptTuningConfig, models.t5, task_type="SEQ_2_SEQ_LM"),
     virtual("multitask_prompt_tuning", MultitaskPromptTuningConfig, num_ranks=2),
+    virtual("cpt", CPTConfig, cpt_token_ids=[9, 7, 8], cpt_tokens_type_mask=[1, 2, 3], opt_projection_epsilon=100,
+            opt_projection_format_epsilon=100),
     virtual("p_tuning-mlp", PromptEncoderConfig, models.opt, encoder_hidden_size=7),
     virtual("p_tuning-lstm", PromptEncoderConfig, encoder_hidden_size=7, encoder_reparameterization_type="LSTM"),
     virtual("prefix_tuning", PrefixTuningConfig),
@@ -586,16 +613,20 @@ def two_active_adapters_nest(case: Case) -> None:
             continue  # merging checks the former; the latter take many arguments
         keyword = next(iter(kwargs)) if not args else None
         first = kwargs.pop(keyword) if keyword else args[0]
-        rest, a, b = args[1:], site.adapters["default"], site.adapters["second"]
+        rest = args[1:]
 
         def f(x: Any, site: Any = site, rest: Any = rest, kwargs: Any = kwargs, keyword: Any = keyword) -> Any:
             original = sites.lineage(type(site))[1].forward
             return original(site, **{keyword: x}, **kwargs) if keyword else original(site, x, *rest, **kwargs)
 
+        def nested(x: Any, outer: list[Any], f: Any = f, site: Any = site) -> Any:
+            if not outer:
+                return f(x)
+            return outer[-1].after(site, x, nested(outer[-1].before(site, x), outer[:-1]))
+
         with torch.no_grad():
-            inner = b.before(site, first)
-            expected = b.after(site, first, a.after(site, inner, f(a.before(site, inner))))
-        close(got, expected)
+            stack = [part for name in ("default", "second") for part in site.adapters[name].parts()]
+            close(got, nested(first, stack))
         checked += 1
     assert checked or all(isinstance(site, sites.ReadSite) for site in sites.sites(model))
 

@@ -249,6 +249,7 @@ def test_a_saved_adapter_literally(tmp_path: Path) -> None:
     }
     assert (tmp_path / "adapter_config.json").read_text(encoding="utf-8") == (
         """{
+  "alora_invocation_tokens": null,
   "alpha_pattern": {},
   "auto_mapping": null,
   "base_model_name_or_path": null,

@@ -67,7 +67,8 @@ def test_a_recipe_means_what_it_says(good: Path) -> None:
         ),
         ("name: lora", "name: lorra", "recipe.yaml:6: method.name: there is no 'lorra'. Did you mean 'lora'?"),
         ("name: lora, ", "", "recipe.yaml:6: method has no key 'name', which is one of: adalora, "),
-        ("{name: lora, r: 4}", "[lora, lora]", "recipe.yaml:6: method: several methods at once (a list) are not"),
+        ("{name: lora, r: 4}", "[lora, {name: ia3, r: 3}]", "recipe.yaml:6: method.1 has no key 'r'."),
+        ("{name: lora, r: 4}", "[]", "recipe.yaml:6: method: name a method, or several."),
         ("text-class", "txt-class", "recipe.yaml:1: task: there is no 'txt-classification'. Did you mean 'text-cl"),
         ("r: 4", "r: four", "recipe.yaml:6: LoraConfig: r='four': Input should be a valid integer"),
         ("r: 4", "task_type: SEQ_CLS", "recipe.yaml:6: method has no key 'task_type'."),
@@ -190,10 +191,11 @@ def test_models_are_looked_for_beside_the_recipe(good: Path) -> None:
 def test_training_offers_what_trainingarguments_has(kind: type[TrainingArguments]) -> None:
     defaults = {name: field.default for name, field in kind.__dataclass_fields__.items()}
     offered = recipes._training_model(kind is Seq2SeqTrainingArguments)
-    assert set(defaults) - recipes.NOT_OFFERED == set(offered.model_fields)
+    assert (set(defaults) - recipes.NOT_OFFERED) | {recipes.LORAPLUS} == set(offered.model_fields)
+    assert recipes.LORAPLUS not in defaults
     assert set(recipes.SHORT.values()) <= set(offered.model_fields)
     assert not set(recipes.SHORT) & set(defaults)
-    for name in offered.model_fields:
+    for name in set(offered.model_fields) - {recipes.LORAPLUS}:
         value = getattr(defaults[name], "value", defaults[name])
         if isinstance(value, bool | int | float | str) and not (name in recipes.POSITIVE and value <= 0):
             offered.model_validate({name: value})

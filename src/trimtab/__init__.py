@@ -30,6 +30,7 @@ from .methods.bitfit import BitFitConfig
 from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
 from .methods.compacter import CompacterConfig
+from .methods.cpt import CPTConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
 from .methods.llama_adapter import AdaptionPromptConfig
@@ -38,12 +39,15 @@ from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
 from .methods.loreft import LoReftConfig
+from .methods.mam import MamConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .methods.trainable_tokens import TrainableTokensConfig
+from .methods.union import UnionConfig
+from .methods.unipelt import UniPeltConfig
 from .methods.vera import VeraConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
@@ -69,6 +73,7 @@ __all__ = [
     "BOFTConfig",
     "BitFitConfig",
     "BottleneckConfig",
+    "CPTConfig",
     "CheckpointError",
     "CompacterConfig",
     "ConfigError",
@@ -81,6 +86,7 @@ __all__ = [
     "LoKrConfig",
     "LoReftConfig",
     "LoraConfig",
+    "MamConfig",
     "MergeError",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
@@ -101,6 +107,8 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "TrimtabError",
+    "UniPeltConfig",
+    "UnionConfig",
     "VeraConfig",
     "get_peft_model",
     "nearest_tokens",

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -96,6 +96,29 @@ class Adapter(nn.Module):
 
     def expect(self, keys: Collection[str]) -> None:
         """Take the form in which a file with these keys holds this adapter, before it is read."""
+
+    def parts(self) -> list["Adapter"]:
+        """What acts at the site: this adapter, unless it is a union of several."""
+        return [self]
+
+
+class Union(Adapter):
+    """The adapters of several methods at one site, as one: `by_method` has them by the number of the method.
+
+    They nest in that order, as adapters that are active one after another do.
+    """
+
+    def __init__(self, by_method: Mapping[int, Adapter]) -> None:
+        super().__init__()
+        self.by_method = nn.ModuleDict({str(number): adapter for number, adapter in by_method.items()})
+
+    def parts(self) -> list[Adapter]:
+        return [part for adapter in self.by_method.values() for part in cast(Adapter, adapter).parts()]
+
+    def expect(self, keys: Collection[str]) -> None:
+        for number, adapter in self.by_method.items():
+            own = [key.removeprefix(f"{number}.") for key in keys if key.startswith(f"{number}.")]
+            cast(Adapter, adapter).expect(own)
 
 
 class InputAdapter(Adapter):
@@ -212,6 +235,10 @@ class PeftConfig(BaseModel, ABC):
         """The same config with everything that was left to the model written out, so that it can be saved."""
         return self
 
+    def union_of(self) -> list["PeftConfig"]:
+        """The configs of which this is a union, if it is one."""
+        return []
+
     @abstractmethod
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         """New adapters for this model, by module name. Builds them and changes nothing.
@@ -264,17 +291,22 @@ class PeftConfig(BaseModel, ABC):
             settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged or no JSON file: {error}.") from None
-        peft_type = settings.pop("peft_type", None) if isinstance(settings, dict) else None
-        if not isinstance(peft_type, str):
+        if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
             raise CheckpointError(f"{path} is not an adapter's configuration: it names no peft_type.")
         settings.pop("peft_version", None)
-        methods = {config.peft_type: config for config in _concrete(cls)}
-        if peft_type not in methods:
-            raise CheckpointError(f"{path} is of the method {peft_type!r}.{did_you_mean(peft_type, methods)}")
         try:
-            return methods[peft_type](**settings)
+            return cls.from_dict(settings)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave, as the class its peft_type names. Raises: ConfigError."""
+        peft_type, own = settings["peft_type"], {name: settings[name] for name in settings if name != "peft_type"}
+        methods = {config.peft_type: config for config in _concrete(cls)}
+        if peft_type not in methods:
+            raise ConfigError(f"It is of the method {peft_type!r}.{did_you_mean(peft_type, methods)}")
+        return methods[peft_type](**own)
 
 
 def _concrete(config: type[PeftConfigT]) -> list[type[PeftConfigT]]:

@@ -32,7 +32,8 @@ class Trunk:
         return {path: cast(Adapter, adapters[name]) for path, adapters in there.items() if name in adapters}
 
     def stands_alone(self, name: str) -> bool:
-        return any(isinstance(adapter, InputAdapter) and adapter.alone for adapter in self.adapters(name).values())
+        parts = [part for adapter in self.adapters(name).values() for part in adapter.parts()]
+        return any(isinstance(part, InputAdapter) and part.alone for part in parts)
 
 
 def trunk(model: nn.Module) -> Trunk:
@@ -67,7 +68,8 @@ def plan(model: nn.Module, config: PeftConfig, name: str, saved: bool = False) -
     adapters = config.adapters(model)
     modules = dict(model.named_modules())
     for path, adapter in adapters.items():
-        sites.check(path, modules[path], modules[path.rpartition(".")[0]], adapter)
+        for part in adapter.parts():
+            sites.check(path, modules[path], modules[path.rpartition(".")[0]], part)
     if not saved:
         _check_ranks(model, config, adapters)
     return Plan(name, config, adapters)
@@ -75,8 +77,8 @@ def plan(model: nn.Module, config: PeftConfig, name: str, saved: bool = False) -
 
 def _check_ranks(model: nn.Module, config: PeftConfig, adapters: dict[str, Adapter]) -> None:
     """Refuse parameters that could add nothing, since a matrix has at most the rank of its smaller side."""
-    ranks = {path: adapter.rank for path, adapter in adapters.items() if adapter.rank is not None}
-    above = {path: rank for path, rank in ranks.items() if rank[0] > rank[1]}
+    ranks = [(path, part.rank) for path, adapter in adapters.items() for part in adapter.parts()]
+    above = {path: rank for path, rank in ranks if rank is not None and rank[0] > rank[1]}
     if not above:
         return
     path, (r, most) = min(above.items(), key=lambda item: item[1][1])
@@ -135,7 +137,8 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
     replaced: dict[str, str] = {}
     for name in names:
         for path, adapter in own.adapters(name).items():
-            if adapter.replacement is not None and (other := replaced.setdefault(path, name)) != name:
+            copied = any(part.replacement is not None for part in adapter.parts())
+            if copied and (other := replaced.setdefault(path, name)) != name:
                 raise AdapterError(f"{other!r} and {name!r} both replace {path}: they cannot act together.")
     prompts = [name for name in dict.fromkeys(names) if own.stands_alone(name)]
     if len(prompts) > 1:

@@ -36,6 +36,13 @@ def filled(model: nn.Module, cache: Any, states: Iterable[Pair]) -> Any:
     return cache
 
 
+def scale(cache: Any, layer: int, length: int, by: Tensor) -> None:
+    """Multiply the keys and values of a layer, while there are just so many: those of a prefix, and nothing behind."""
+    own = getattr(cache, "self_attention_cache", cache).layers[layer]
+    if own.get_seq_length() == length:
+        own.keys, own.values = own.keys * by, own.values * by
+
+
 def _new(config: Any) -> Any:
     from transformers import DynamicCache, EncoderDecoderCache
 

@@ -8,14 +8,15 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
-from . import attach
+from . import attach, optimizers
 from .adapter import Adapter, InputAdapter, PeftConfig
 from .errors import ConfigError, TargetError
-from .methods import METHODS
+from .methods import METHODS, alora, union
 from .prompts import PromptLearningConfig
 from .targets import PartialTargetWarning, TargetConfig
 
@@ -34,6 +35,29 @@ Generated from the methods' own files by `make docs`. `trimtab methods --model M
 that each of them trains on your model. [benchmarks/methods.md](benchmarks/methods.md) measures them all on one task;
 `make bench SST2=FOLDER` makes it.
 """
+
+
+# What has no row in the table: title, whose text, and the lines of an example that differ.
+BESIDE = (
+    (
+        "Unions of methods",
+        union,
+        'prefix = trimtab.PrefixTuningConfig(num_virtual_tokens=10, task_type="SEQ_CLS")\n'
+        "model = trimtab.get_peft_model(model, [prefix, trimtab.LoraConfig()])",
+    ),
+    (
+        "aLoRA",
+        alora,
+        "model = trimtab.get_peft_model(model, trimtab.LoraConfig(alora_invocation_tokens=[5, 6]))",
+    ),
+    (
+        "LoRA+ and LoRA-FA",
+        optimizers,
+        "model = trimtab.get_peft_model(model, trimtab.LoraConfig())\n"
+        "optimizer = trimtab.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, "
+        "loraplus_lr_ratio=16)",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +115,15 @@ def page() -> str:
     first, *rest = table()
     lines = [first, tuple("---" for _ in first), *rest]
     parts = [INTRODUCTION, "".join(f"| {' | '.join(line)} |\n" for line in lines)]
-    return "\n".join([*parts, *(_section(entry) for entry in entries())])
+    more = [_beside(*found) for found in BESIDE]
+    return "\n".join([*parts, *(_section(entry) for entry in entries()), *more])
+
+
+def _beside(title: str, module: ModuleType, code: str) -> str:
+    text = (module.__doc__ or "").strip()
+    imports = "import torch, transformers, trimtab, trimtab.optimizers"
+    load = 'model = transformers.AutoModelForSequenceClassification.from_pretrained("my-model")'
+    return f"## {title}\n\n```text\n{text}\n```\n\n```python\n{imports}\n\n{load}\n{code}\n```\n"
 
 
 def _section(entry: Entry) -> str:

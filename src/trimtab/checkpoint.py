@@ -106,7 +106,7 @@ def _fill(
     for adapter in adapters.values():
         adapter.expect(tensors)
     root = config.hf_root
-    keys = hf_format.keys(adapters, root)
+    keys = hf_format.keys(adapters, config)
     computed = {key for adapter in adapters.values() for key in adapter.hf_computed}
     missing = [key for key in keys.values() if key not in tensors]
     others = [key for key in tensors if key not in keys.values() and key not in computed]

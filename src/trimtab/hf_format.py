@@ -8,21 +8,35 @@ method's (`Adapter.hf_key`).
 import contextlib
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
 from . import weights
-from .adapter import Adapter, InputAdapter, PeftConfig
+from .adapter import Adapter, InputAdapter, PeftConfig, Union
 from .errors import CheckpointError
 
 
-def keys(adapters: Mapping[str, Adapter], root: str) -> dict[tuple[str, str], str]:
-    """(module name, entry of its adapter) -> HF PEFT's key. What adapters share has one key, so it is saved once."""
+def keys(adapters: Mapping[str, Adapter], config: PeftConfig) -> dict[tuple[str, str], str]:
+    """(module name, entry of its adapter) -> HF PEFT's key. What adapters share has one key, so it is saved once.
+
+    HF PEFT has no unions: of the methods in one the keys are theirs, behind the number of the method.
+    """
     found: dict[tuple[str, str], str] = {}
+    for number, method in enumerate(config.union_of()):
+        own = {
+            path: cast(Adapter, adapter.by_method[str(number)])
+            for path, adapter in adapters.items()
+            if isinstance(adapter, Union) and str(number) in adapter.by_method
+        }
+        for (path, entry), key in keys(own, method).items():
+            found[path, f"by_method.{number}.{entry}"] = f"{number}.{key}"
+    adapters = {path: adapter for path, adapter in adapters.items() if not isinstance(adapter, Union)}
     owner: dict[int, str] = {}  # of an adapter that several sites share, the first
     for path, adapter in adapters.items():
         at = owner.setdefault(id(adapter), path)
-        before = "" if isinstance(adapter, InputAdapter) and adapter.hf_flat else f"{root}{_path(at, adapters)}."
+        flat = isinstance(adapter, InputAdapter) and adapter.hf_flat
+        before = "" if flat else f"{config.hf_root}{_path(at, adapters)}."
         for name in adapter.state_dict():
             found[path, name] = adapter.hf_shared.get(name) or before + adapter.hf_key(name)
     return found
@@ -49,7 +63,7 @@ def state(
     """
     found: dict[str, Tensor] = {}
     stored: set[int] = set()
-    for (path, entry), key in keys(adapters, config.hf_root).items():
+    for (path, entry), key in keys(adapters, config).items():
         if key in found:
             continue
         full = f"{path}.adapters.{name}.{entry}".removeprefix(".")
@@ -62,7 +76,7 @@ def state(
         stored.add(whole.data_ptr())
     for path, adapter in adapters.items():
         if adapter.hf_computed:
-            own = {entry: found[key] for (_, entry), key in keys({path: adapter}, config.hf_root).items()}
+            own = {entry: found[key] for (_, entry), key in keys({path: adapter}, config).items()}
             copied = copy.deepcopy(adapter).cpu()
             copied.load_state_dict(own, assign=True)
             found |= {key: value.detach().contiguous() for key, value in copied.computed().items()}

@@ -101,7 +101,8 @@ def merge_and_detach(model: nn.Module, names: list[str] | None = None, safe: boo
 
 
 def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
-    adapters = [cast(Adapter, site.adapters[name]) for name in names if name in site.adapters]
+    there = [cast(Adapter, site.adapters[name]) for name in names if name in site.adapters]
+    adapters = [part for adapter in there for part in adapter.parts()]
     vars(site)["_kept"] = _parts(site)
     replaced = [adapter for adapter in adapters if adapter.replacement is not None]
     others = [adapter for adapter in adapters if adapter.replacement is None]

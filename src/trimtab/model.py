@@ -13,13 +13,14 @@ from . import attach, checkpoint, files, hf_format, learning, merge, sites, weig
 from .adapter import PeftConfig
 from .attach import trunk
 from .errors import AdapterError, CheckpointError, did_you_mean
+from .methods.union import UnionConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: PeftConfig,
+    peft_config: PeftConfig | list[PeftConfig],
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
@@ -27,6 +28,7 @@ def get_peft_model(
     """Attach a new adapter to the model, freeze the rest, and return the same object, now also a `PeftModel`.
 
     Args:
+        peft_config: what to attach; of a list the union, as one adapter.
         autocast_adapter_dtype: keep the adapter's weights in float32 on a half-precision base (recommended).
         revision: of the base model, for the record that is saved.
     Raises:
@@ -35,12 +37,17 @@ def get_peft_model(
     """
     if isinstance(model, PeftModel):
         raise AdapterError(f"{type(model).__name__} has adapters already. Use model.add_adapter(name, config).")
+    peft_config = _one(peft_config)
     if revision is not None:
         peft_config = peft_config.model_copy(update={"revision": revision})
     _attach_new(model, adapter_name, peft_config, autocast_adapter_dtype)
     assert isinstance(model, PeftModel)
     attach.activate(model, [adapter_name])
     return model
+
+
+def _one(config: PeftConfig | list[PeftConfig]) -> PeftConfig:
+    return UnionConfig(methods=config) if isinstance(config, list) else config
 
 
 def _attach_new(model: nn.Module, name: str, config: PeftConfig, float32: bool) -> None:
@@ -180,9 +187,11 @@ class PeftModel(sites.Swapped, nn.Module):
             raise AdapterError(f"{len(names)} adapters are active: {names}. Ask active_adapters.")
         return names[0]
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig | list[PeftConfig], autocast_adapter_dtype: bool = True
+    ) -> None:
         """Attach one more new adapter; it acts and trains after `set_adapter`. Raises as `get_peft_model` does."""
-        _attach_new(self, adapter_name, peft_config, autocast_adapter_dtype)
+        _attach_new(self, adapter_name, _one(peft_config), autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Let this adapter act and train, or several, each on top of the one before.

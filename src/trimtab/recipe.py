@@ -9,9 +9,9 @@
     output: runs/reviews
 
 Relative paths are relative to the recipe. The keys of `method` are those of the method's config class; those of
-`training` are `transformers.TrainingArguments`' own (`Seq2SeqTrainingArguments`' for tasks that generate), and the
-short names in `SHORT`. A key without a value means its default. What is wrong is said with file and line: nothing in a
-recipe is ignored.
+`training` are `transformers.TrainingArguments`' own (`Seq2SeqTrainingArguments`' for tasks that generate), the short
+names in `SHORT` and `loraplus_lr_ratio`. A key without a value means its default. What is wrong is said with file and
+line: nothing in a recipe is ignored.
 """
 
 import types
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from .adapter import PeftConfig
 from .errors import ConfigError, RecipeError
 from .methods import METHODS
+from .methods.union import UnionConfig
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
 from .tasks.models import Quantization
@@ -52,6 +53,8 @@ NOT_OFFERED = frozenset(
     "trackio_space_id trackio_static_space_id".split()
 )
 
+LORAPLUS = "loraplus_lr_ratio"  # how many times faster B of LoRA learns (optimizers.py); not TrainingArguments'
+
 POSITIVE = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
             "gradient_accumulation_steps", "generation_max_length", "generation_num_beams")  # fmt: skip
 
@@ -60,14 +63,14 @@ FILLED_IN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revis
 
 
 class Recipe(BaseModel):
-    """A validated recipe. `training` has TrainingArguments' own names; `method` has its name under "name"."""
+    """A checked recipe. `training` has TrainingArguments' own names; `method` its name as "name", of a union a list."""
 
     model_config = ConfigDict(extra="forbid")
 
     task: str
     model: str
     data: Data
-    method: dict[str, Any] = {"name": "lora"}
+    method: dict[str, Any] | list[dict[str, Any]] = {"name": "lora"}
     quantization: Quantization = "none"
     training: dict[str, Any] = {}
     output: RecipePath
@@ -75,10 +78,17 @@ class Recipe(BaseModel):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _one_method(cls, value: Any) -> Any:
+    def _named(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("name a method, or several")
         if isinstance(value, list):
-            raise ValueError("several methods at once (a list) are not offered yet; name one")
+            return [{"name": part} if isinstance(part, str) else part for part in value]
         return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def methods(self) -> list[dict[str, Any]]:
+        """The method, or those of a union."""
+        return self.method if isinstance(self.method, list) else [self.method]
 
     @property
     def seed(self) -> int:
@@ -86,8 +96,9 @@ class Recipe(BaseModel):
 
     def config(self, **more: Any) -> PeftConfig:
         """The method's config, with settings that the recipe does not have. Raises: ConfigError."""
-        settings = {**self.method, **more}
-        return METHODS[settings.pop("name")](**settings)
+        if isinstance(self.method, list):
+            return UnionConfig(methods=[_made(method) for method in self.method], **more)
+        return _made({**self.method, **more})
 
     def write(self, path: Path) -> None:
         """Save the recipe with every path absolute, so that it means the same anywhere on this machine."""
@@ -119,7 +130,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     file.check_keys(("data", "columns"), TASKS[recipe.task].usual)
     for key in recipe.data.model_fields_set - FILES - TASKS[recipe.task].reads:
         raise file.error(("data", key), f"data.{key} is of no use to {recipe.task}.")
-    _check_method(file, recipe)
+    _check_methods(file, recipe)
     recipe.training = _training(file, recipe.training, TASKS[recipe.task].generates)
     if (path.absolute().parent / recipe.model).is_dir():
         recipe.model = str((path.absolute().parent / recipe.model).resolve())
@@ -137,22 +148,32 @@ def _first(file: RecipeFile, error: ValidationError, under: Loc = ()) -> RecipeE
     return file.error(at, f"{file.name(at)}: {message}.")
 
 
-def _check_method(file: RecipeFile, recipe: Recipe) -> None:
-    if "name" not in recipe.method:
-        raise file.error(("method",), f"method has no key 'name', which is one of: {', '.join(METHODS)}.")
-    file.check_choice(("method", "name"), recipe.method["name"], METHODS)
-    config = METHODS[recipe.method["name"]]
-    if len(recipe.method) > 1:
-        file.check_keys(("method",), ["name", *(key for key in config.model_fields if key not in FILLED_IN)])
-    for key, value in recipe.method.items():  # one by one, to know whose line to name
-        try:
-            config(**({} if key == "name" else {key: value}))
-        except ConfigError as error:
-            raise file.error(("method", key), str(error)) from None
+def _made(method: dict[str, Any]) -> PeftConfig:
+    return METHODS[method["name"]](**{key: value for key, value in method.items() if key != "name"})
+
+
+def _check_methods(file: RecipeFile, recipe: Recipe) -> None:
+    for number, method in enumerate(recipe.methods):
+        _check_method(file, method, ("method", number) if isinstance(recipe.method, list) else ("method",))
     try:
         recipe.config()
     except ConfigError as error:
         raise file.error(("method",), str(error)) from None
+
+
+def _check_method(file: RecipeFile, method: dict[str, Any], at: Loc) -> None:
+    if "name" not in method:
+        raise file.error(at, f"{file.name(at)} has no key 'name', which is one of: {', '.join(METHODS)}.")
+    file.check_choice((*at, "name"), method["name"], METHODS)
+    config = METHODS[method["name"]]
+    if len(method) > 1:
+        file.check_keys(at, ["name", *(key for key in config.model_fields if key not in FILLED_IN)])
+    try:
+        _made(method)
+    except ConfigError as error:
+        # A setting that is wrong by itself has a line; others are wrong together.
+        key = next((key for key in method if f": {key}=" in str(error)), None)
+        raise file.error((*at, key) if key else at, str(error)) from None
 
 
 def _training(file: RecipeFile, given: dict[str, Any], generates: bool) -> dict[str, Any]:
@@ -189,6 +210,7 @@ def _training_model(generates: bool) -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (_accepted(hints[name]), Field(None, gt=0) if name in POSITIVE else None) for name in names
     }
+    fields[LORAPLUS] = (float, Field(None, gt=0))
     return create_model("Training", __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
 

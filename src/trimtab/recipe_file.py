@@ -124,6 +124,9 @@ class RecipeFile:
     def _node(self, at: Loc) -> Node | None:
         node: Node | None = self.tree
         for part in at:
+            if isinstance(node, SequenceNode) and isinstance(part, int):
+                node = node.value[part]
+                continue
             pairs = node.value if isinstance(node, MappingNode) else ()
             node = next((value for key, value in pairs if key.value == part), None)
         return node

@@ -144,7 +144,7 @@ class AnySite(Swapped, nn.Module):
             on_input: those that act on the arguments by name, instead of those that act around the call.
         """
         names = [name for name in self._active.names if name in self.adapters and name not in self._active.merged]
-        stack = [cast(Adapter, self.adapters[name]) for name in names]
+        stack = [part for name in names for part in cast(Adapter, self.adapters[name]).parts()]
         return [adapter for adapter in stack if isinstance(adapter, InputAdapter) == on_input]
 
 
@@ -291,13 +291,14 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
 
 def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":
     """Put an adapter at a module, making a site of it where it is none yet."""
-    mixin: type[AnySite] = ReadSite if is_read(module, parent) else Site
-    if isinstance(adapter, InputAdapter):
-        mixin = adapter.site or InputSite
+    for part in adapter.parts():
+        mixin: type[AnySite] = ReadSite if is_read(module, parent) else Site
+        if isinstance(part, InputAdapter):
+            mixin = part.site or InputSite
+            if not isinstance(module, mixin):
+                swap_out(module, InputSite)  # two of them would call the adapters twice
         if not isinstance(module, mixin):
-            swap_out(module, InputSite)  # two of them would call the adapters twice
-    if not isinstance(module, mixin):
-        swap_in(module, mixin)
+            swap_in(module, mixin)
     assert isinstance(module, AnySite)
     if "adapters" not in module._modules:
         module.adapters = nn.ModuleDict().train(module.training)

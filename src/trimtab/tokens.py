@@ -47,7 +47,7 @@ def nearest_tokens(
     own = trunk(model)
     names = own.active.names if adapter_name is None else (adapter_name,)
     adapters = [(own.sites[path], adapter) for name in names for path, adapter in own.adapters(name).items()]
-    found = [(site, adapter) for site, adapter in adapters if isinstance(adapter, Prompt)]
+    found = [(site, part) for site, adapter in adapters for part in adapter.parts() if isinstance(part, Prompt)]
     if not found:
         raise AdapterError(f"{', '.join(names) or 'No active adapter'}: no virtual tokens at the embedding.")
     [(site, prompt)] = found

@@ -21,7 +21,8 @@ from . import files, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
-from .recipe import Recipe
+from .optimizers import create_loraplus_optimizer
+from .recipe import LORAPLUS, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
@@ -81,6 +82,7 @@ def train(
         data_collator=task.collate,
         preprocess_logits_for_metrics=task.reduced,
         callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks],
+        optimizers=(_optimizer(recipe, arguments, model), None),
     )
     trainer.model_accepts_loss_kwargs &= task.divides_loss
     trainer.try_longest(task.length)
@@ -227,6 +229,7 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
         "disable_tqdm": True,
         "predict_with_generate": TASKS[recipe.task].generates,
     }
+    settings.pop(LORAPLUS, None)
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)
         arguments = transformers.Seq2SeqTrainingArguments(**settings)
@@ -251,14 +254,25 @@ def adapted(recipe: Recipe, task: Task) -> Any:
     model, fresh = run.base(recipe, task)
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    saved = list(dict.fromkeys([*recipe.method.get("modules_to_save", ()), *fresh]))
-    config = recipe.config(task_type=task.task_type, modules_to_save=saved or None)
+    named = [name for method in recipe.methods for name in method.get("modules_to_save", ())]
+    config = recipe.config(task_type=task.task_type, modules_to_save=list(dict.fromkeys([*named, *fresh])) or None)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PartialTargetWarning)
         try:
             return get_peft_model(model, config)
         except PartialTargetWarning as warning:
             raise ConfigError(f"{warning} The command `trimtab targets {recipe.model}` lists what there is.") from None
+
+
+def _optimizer(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any) -> torch.optim.Optimizer | None:
+    """LoRA+'s, where the recipe asks for it."""
+    ratio = recipe.training.get(LORAPLUS)
+    if ratio is None:
+        return None
+    chosen, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return create_loraplus_optimizer(
+        model, chosen, loraplus_lr_ratio=ratio, loraplus_weight_decay=arguments.weight_decay, **settings
+    )
 
 
 def scores(trainer: Trainer, rows: Any) -> dict[str, float]:

@@ -6,6 +6,7 @@ from .bitfit import BitFitConfig
 from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig
 from .compacter import CompacterConfig
+from .cpt import CPTConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
 from .llama_adapter import AdaptionPromptConfig
@@ -14,12 +15,14 @@ from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoraConfig
 from .loreft import LoReftConfig
+from .mam import MamConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
 from .trainable_tokens import TrainableTokensConfig
+from .unipelt import UniPeltConfig
 from .vera import VeraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
@@ -28,6 +31,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "boft": BOFTConfig,
     "bottleneck": BottleneckConfig,
     "compacter": CompacterConfig,
+    "cpt": CPTConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
     "llama_adapter": AdaptionPromptConfig,
@@ -36,11 +40,13 @@ METHODS: dict[str, type[PeftConfig]] = {
     "lokr": LoKrConfig,
     "lora": LoraConfig,
     "loreft": LoReftConfig,
+    "mam": MamConfig,
     "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
     "trainable_tokens": TrainableTokensConfig,
+    "unipelt": UniPeltConfig,
     "vera": VeraConfig,
 }

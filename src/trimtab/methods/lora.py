@@ -25,6 +25,7 @@ from .. import weights
 from ..adapter import Adapter
 from ..errors import ConfigError, MergeError, TargetError, did_you_mean
 from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value, shared
+from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
 from .dora import Magnitude
 from .lora_init import KINDS, Start, orthogonal_
@@ -46,6 +47,7 @@ class LoraAdapter(Adapter):
         self.rank = r, min(shape.out, self.A[0].numel())
         self.bias: TrainedBias | None = None
         self.start: Start | None = None
+        self.invocation: Invocation | None = None
         if isinstance(init, str) and re.fullmatch(KINDS, init):
             self.start = Start(name, site, r, scale, init)
             self.A.data.copy_(self.start.A)
@@ -74,7 +76,7 @@ class LoraAdapter(Adapter):
             nn.init.zeros_(zero)
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        whole = x
+        whole, base = x, y
         if self.dropout and self.training and not self.embeds:
             x = F.dropout(x, self.dropout)
         # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
@@ -83,7 +85,8 @@ class LoraAdapter(Adapter):
         if self.start is not None:
             low = low - self._product(site, whole, self.start.A.to(dtype), self.start.B.to(dtype)).to(y.dtype)
         y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, *self._change(), self.scale)
-        return y if self.bias is None else self.bias.add(site, y)
+        y = y if self.bias is None else self.bias.add(site, y)
+        return y if self.invocation is None else self.invocation.select(base, y)
 
     def _product(self, site: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """s B A x."""
@@ -96,6 +99,8 @@ class LoraAdapter(Adapter):
         return torch.cat([self.A, self.start.A]), torch.cat([self.B, -self.start.B], 1)
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
+        if self.invocation is not None:
+            return self.invocation.merged(site, weight)
         if self.B.shape[1] != len(self.A):
             raise MergeError("A grouped convolution sees its own share of the channels; LoRA's A sees all of them.")
         A, B = self._change()
@@ -127,6 +132,7 @@ class LoraConfig(TargetConfig):
     means. init_lora_weights: True (A as nn.Linear's default, B zero), "gaussian" (A normal with deviation 1 / r),
     False (both random), or a start of methods/lora_init.py: "orthogonal", "pissa", "pissa_niter_K" (K rounds of a
     randomised SVD), "olora".
+    alora_invocation_tokens: act only from these tokens on (methods/alora.py).
     share_across_layers: one A and B for all layers, saved once (HF PEFT cannot read that). fan_in_fan_out is set by
     itself: the layer tells how it stores its weight.
     """
@@ -151,7 +157,7 @@ class LoraConfig(TargetConfig):
     hf_prefix: ClassVar[str] = "lora_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset({"share_across_layers"})
     hf_only: ClassVar[dict[str, Any]] = {
-        "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
+        "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
         "eva_config": None, "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_bias": False,
         "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None,
         "qalora_group_size": 16, "target_parameters": None, "use_bdlora": None,
@@ -170,6 +176,7 @@ class LoraConfig(TargetConfig):
     alpha_pattern: dict[str, int | float] = {}
     share_across_layers: bool | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    alora_invocation_tokens: list[int] | None = Field(None, min_length=1)
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -196,6 +203,10 @@ class LoraConfig(TargetConfig):
         if self.share_across_layers:
             self._check_sharing()
             made = shared(made)
+        if self.alora_invocation_tokens:
+            made[""] = asked = invocation(model, self.alora_invocation_tokens, lora, self)
+            for adapter in lora.values():
+                adapter.invocation = asked
         if self.trainable_token_indices:
             tokens = token_adapters(model, self.trainable_token_indices)
             if both := sorted(tokens.keys() & made.keys()):

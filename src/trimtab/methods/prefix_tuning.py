@@ -31,6 +31,10 @@ class Prefix(VirtualTokens):
         super().__init__(embedding, sizes[0], encoder)
         self.layers, self.heads, self.step = *sizes[1:], step
         self.checkpointed = False  # whether the last call was
+        self.gates: nn.ModuleList | None = None  # of each layer: how far the prefix is let in
+
+    def hf_key(self, name: str) -> str:
+        return name if name.startswith("gates.") else super().hf_key(name)
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         self.checkpointed = site.training and any(vars(part).get("gradient_checkpointing") for part in site.modules())
@@ -71,11 +75,16 @@ class PrefixAgain(InputAdapter):
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         crosses = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
-        if not self.prefix[0].checkpointed or crosses or given.get("past_key_values") is not None:
+        prefix, cache, hidden = self.prefix[0], given.get("past_key_values"), given["hidden_states"]
+        if crosses:
             return given
-        hidden = given["hidden_states"]
-        states = self.prefix[0].states(self.layer, len(hidden), hidden.dtype)
-        return {**given, "past_key_values": caches.FixedCache(states)}
+        gate = hidden.new_ones(1) if prefix.gates is None else prefix.gates[self.layer](hidden).unsqueeze(1)
+        if cache is None and prefix.checkpointed:
+            keys, values = prefix.states(self.layer, len(hidden), hidden.dtype)
+            return {**given, "past_key_values": caches.FixedCache((keys * gate, values * gate))}
+        if cache is not None and prefix.gates is not None:
+            caches.scale(cache, self.layer, prefix.tokens, gate)
+        return given
 
 
 class PrefixTuningConfig(PromptLearningConfig):
