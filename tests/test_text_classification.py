@@ -225,7 +225,7 @@ def test_metrics_are_the_textbook_s(tmp_path: Path, bert: Path) -> None:
 
     task, rows, _ = prepare(bert, train=write_csv(tmp_path / "a.csv", ROWS), validation=tmp_path / "a.csv")
     truth, guess = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
-    found = task.metrics(EvalPrediction(torch.eye(2)[guess].numpy(), truth.numpy()))
+    found = task.metrics(EvalPrediction(torch.eye(2)[guess].numpy(), truth.numpy()), None)
     # F1 of class 0: precision 1, recall 2/3 -> 4/5; of class 1: precision 1/2, recall 1 -> 2/3
     assert found == pytest.approx({"accuracy": 3 / 4, "f1_macro": (4 / 5 + 2 / 3) / 2})
     assert task.baseline(rows["train"], rows["validation"]) == pytest.approx({"accuracy": 1 / 2, "f1_macro": 1 / 3})
@@ -240,3 +240,15 @@ def test_models_that_are_not_there(tmp_path: Path, bert: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=message):
             prepare(Path(model), train=path)
+
+
+def test_pairs_are_asked_in_the_order_they_were_learned(tmp_path: Path, bert: Path) -> None:
+    header = ("premise", "second", "label")
+    path = write_csv(tmp_path / "a.csv", [("a film", "the meal", "x"), ("the room", "a film", "y")] * 5, header)
+    data = Data(train=path, validation=path, columns={"text_pair": "second"})  # named first, read second
+    task, rows = TextClassification.from_data(data, str(bert), 0, lambda _: None)
+    assert task.reader.decode(rows["train"][0]["input_ids"]) == "[CLS] a film [SEP] the meal [SEP]"
+    assert task.inputs(path)[0] == ("a film", "the meal")
+    assert task.asked(["a film", "the meal"]) == [("a film", "the meal")]
+    with pytest.raises(DataError, match=r"This task reads 2 texts at a time \(text, text_pair\), not 3"):
+        task.asked(["a", "b", "c"])

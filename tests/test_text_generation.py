@@ -135,7 +135,7 @@ def test_perplexity_is_that_of_the_learned_tokens(tmp_path: Path, llama: Path) -
     batch = task.collate([rows["train"][i] for i in range(3)])
     with torch.no_grad():
         logits = model(**batch).logits
-    found = task.metrics(EvalPrediction(task.reduced(logits, batch["labels"]).numpy(), batch["labels"].numpy()))
+    found = task.metrics(EvalPrediction(task.reduced(logits, batch["labels"]).numpy(), batch["labels"].numpy()), None)
     losses, hits = [], []
     for row, labels in zip(logits.log_softmax(-1), batch["labels"], strict=True):
         for t, label in enumerate(labels.tolist()):

@@ -79,7 +79,7 @@ def test_entities_are_scored_whole(tmp_path: Path, bert: Path) -> None:
     number = {label: i for i, label in enumerate(task.labels)}
     truth = [-100, *(number[tag] for tag in ("B-x", "I-x", "O", "B-y", "O")), -100]
     guess = [0, *(number[tag] for tag in ("B-x", "O", "O", "B-y", "O")), 0]
-    found = task.metrics(EvalPrediction(np.array([guess]), np.array([truth])))
+    found = task.metrics(EvalPrediction(np.array([guess]), np.array([truth])), None)
     # Of the entities x (words 1 and 2) and y the second is found; the first is guessed too short.
     assert found == pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "accuracy": 4 / 5})
 

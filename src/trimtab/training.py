@@ -31,6 +31,7 @@ from .tasks.task import Piece
 from .trainer import RunTrainer, Trainer, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
+GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
 
@@ -73,12 +74,12 @@ def train(
     model = adapted(recipe, task)
     trainer = RunTrainer(
         recipe.output,
+        task.metrics,
         model=model,
         args=arguments,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=task.collate,
-        compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduced,
         callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks],
         optimizers=(_optimizer(recipe, arguments, model), None),
@@ -100,7 +101,7 @@ def train(
         **after,
         "untrained": before,
         "majority": {split: task.baseline(rows["train"], found) for split, found in held_out.items()},
-        "rows": {split: len(found) for split, found in rows.items()},
+        "rows": {split: task.count(found) for split, found in rows.items()},
         "steps": trainer.state.global_step,
         "trainable_parameters": trainable,
         "total_parameters": total,
@@ -209,6 +210,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "save_total_limit": 2,  # the best and the last
         "load_best_model_at_end": evaluated != "no",
         **best,
+        **({"generation_max_length": GENERATED} if task.generates else {}),
         "logging_steps": 1,
         "seed": 0,
         **recipe.training,
@@ -225,11 +227,12 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
+        "predict_with_generate": TASKS[recipe.task].generates,
     }
     settings.pop(LORAPLUS, None)
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)
-        arguments = transformers.TrainingArguments(**settings)
+        arguments = transformers.Seq2SeqTrainingArguments(**settings)
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         _try_schedule(arguments)
     except OSError as error:
@@ -248,7 +251,7 @@ def _try_schedule(arguments: transformers.TrainingArguments) -> None:
 
 def adapted(recipe: Recipe, task: Task) -> Any:
     """The recipe's model with a new adapter. Raises: ConfigError, TargetError."""
-    model, fresh = task.load_model(recipe.model, recipe.quantization)
+    model, fresh = run.base(recipe, task)
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     named = [name for method in recipe.methods for name in method.get("modules_to_save", ())]

@@ -29,7 +29,7 @@ def predict(
     from ..report import predictions
 
     found = run.load(folder)
-    inputs = found.task.inputs(file) if file else list(texts or ())
+    inputs = found.task.inputs(file) if file else found.task.asked(texts or ())
     answers = found.task.predict(found.model, inputs)
     if as_json:
         for text, answer in zip(inputs, answers, strict=True):

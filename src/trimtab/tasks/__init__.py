@@ -1,6 +1,8 @@
 """The tasks: one file each, and the table of their names."""
 
+from .question_answering import QuestionAnswering
 from .task import Data, Task
+from .text2text_generation import Text2TextGeneration
 from .text_classification import TextClassification
 from .text_generation import TextGeneration
 from .token_classification import TokenClassification
@@ -11,4 +13,6 @@ TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
     "token-classification": TokenClassification,
     "text-generation": TextGeneration,
+    "text2text-generation": Text2TextGeneration,
+    "question-answering": QuestionAnswering,
 }

@@ -10,7 +10,7 @@ Cells = dict[str, list[Any]]  # values by the task's names of the columns
 
 
 def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional: Iterable[str]) -> dict[str, str]:
-    """data.columns, with the columns that it does not name, by their usual names.
+    """data.columns, with the columns that it does not name, by their usual names; in the task's order.
 
     Raises:
         DataError: a named column that is not there, or no column of a usual name.
@@ -32,7 +32,8 @@ def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional
             needed = ", ".join(f"{name}: ..." for name in usual if name not in optional)
             hint = f"data: {{columns: {{{needed}}}}}"
             raise DataError(f"{data.train}: which column is the {name}? It has: {there}. Say so in the recipe, {hint}")
-    return {**data.columns, **guessed}
+    both = {**data.columns, **guessed}
+    return {name: both[name] for name in usual if name in both}
 
 
 def check(path: Any, found: Any, wanted: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import ConfigError, DataError
 from . import columns, models, rows
@@ -18,6 +18,8 @@ WORDS = "the quick brown fox does not jump over 13 lazy dogs , or so they say ."
 class TextTask(Task):
     """max_length: tokens; longer rows are cut."""
 
+    reads: ClassVar[frozenset[str]] = frozenset({"max_length"})
+
     max_length: int
 
     @staticmethod
@@ -31,9 +33,9 @@ class TextTask(Task):
     def tokenized(self, *texts: Any, **settings: Any) -> Any:
         return self.reader(*texts, truncation=True, max_length=self.max_length, **settings)
 
-    def say_cut(self, encoded: Any, split: str, say: Say, only: str = "") -> None:
+    def say_cut(self, encoded: Any, split: str, say: Say, what: str = "texts") -> None:
         if cut := sum(bool(encoding.overflowing) for encoding in encoded.encodings or ()):
-            say(f"{split}: {cut} of {len(encoded['input_ids'])} texts cut to {self.max_length} tokens")
+            say(f"{split}: {cut} of {len(encoded['input_ids'])} {what} cut to {self.max_length} tokens")
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return dict(self.reader.pad(rows, return_tensors="pt"))
@@ -41,16 +43,25 @@ class TextTask(Task):
     def batches(self, inputs: Sequence[Any], size: int = 32) -> Iterator[Sequence[Any]]:
         return (inputs[start : start + size] for start in range(0, len(inputs), size))
 
+    def given(self) -> dict[str, str]:
+        """The columns that are there before the answer is."""
+        return {name: column for name, column in self.names.items() if name != list(self.usual)[-1]}
+
+    def asked(self, texts: Sequence[str]) -> list[Any]:
+        """Texts, or tuples of them where a row has several."""
+        size = len(self.given())
+        if len(texts) % size:
+            raise DataError(f"This task reads {size} texts at a time ({', '.join(self.given())}), not {len(texts)}.")
+        return list(texts) if size == 1 else list(zip(*[iter(texts)] * size, strict=True))
+
     def inputs(self, path: Path) -> list[Any]:
-        """The texts (or tuples of them) of a file: one a line in a .txt, else from the columns trained on."""
-        answer = list(self.usual)[-1]
-        wanted = [column for name, column in self.names.items() if name != answer]
+        """What `asked` gives for the texts of a file: one a line in a .txt, else from the columns trained on."""
         if path.suffix == ".txt":
-            found: list[Any] = rows.lines(path)
+            found = self.asked(rows.lines(path))
         else:
-            table = rows.read(path)
-            columns.check(path, table, wanted)
-            cells = [[columns.text(value) for value in table[column]] for column in wanted]
+            table, wanted = rows.read(path), self.given()
+            columns.check(path, table, wanted.values())
+            cells = [[self.cell(name, value, None) for value in table[column]] for name, column in wanted.items()]
             found = cells[0] if len(cells) == 1 else list(zip(*cells, strict=True))
         if not found:
             raise DataError(f"{path} holds no text.")

@@ -48,7 +48,7 @@ class TextClassification(TextTask):
     def show(self, row: dict[str, Any]) -> list[Piece]:
         return [(self.reader.decode(row["input_ids"]), False), (self.labels[row["labels"]], True)]
 
-    def metrics(self, evaluation: Any) -> dict[str, float]:
+    def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:
         scores = evaluation.predictions[0] if isinstance(evaluation.predictions, tuple) else evaluation.predictions
         return accuracy(evaluation.label_ids, scores.argmax(-1))
 

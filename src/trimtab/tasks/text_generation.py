@@ -190,7 +190,7 @@ class TextGeneration(TextTask):
         hits = (guess.argmax(-1) == truth) & learned
         return torch.stack([losses.sum(-1), learned.sum(-1), hits.sum(-1)], -1)
 
-    def metrics(self, evaluation: Any) -> dict[str, float]:
+    def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:
         import math
 
         loss, tokens, hits = evaluation.predictions.sum(0).tolist()
@@ -200,6 +200,9 @@ class TextGeneration(TextTask):
         rows = [self.reader(" ".join(WORDS[:n])).input_ids[: self.max_length] for n in range(1, len(WORDS) + 1)]
         batch = self.collate([_row(row, row) for row in rows])
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def asked(self, texts: Sequence[str]) -> list[Any]:
+        return list(texts)  # each a prompt, also where rows have an input behind it
 
     def inputs(self, path: Path) -> list[Any]:
         """The prompts of a file: one a line in a .txt, else from the columns trained on."""

@@ -89,7 +89,7 @@ class TokenClassification(TextTask):
     def reduced(self, logits: Any, labels: Any) -> Any:
         return logits.argmax(-1)
 
-    def metrics(self, evaluation: Any) -> dict[str, float]:
+    def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:
         """F1, precision and recall of entities (whole spans of BIO tags, as conlleval counts them)."""
         pairs = list(zip(evaluation.label_ids, evaluation.predictions, strict=True))
         return _scores(
