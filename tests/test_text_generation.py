@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import review
+from safetensors.torch import load_file
 
 from trimtab import recipe as recipes
 from trimtab import run
@@ -169,3 +170,27 @@ output: run
     (tmp_path / "asked.txt").write_text("the film was good ?\n", encoding="utf-8")
     assert found.task.inputs(tmp_path / "asked.txt") == ["the film was good ?"]
     assert found.task.inputs(tmp_path / "a.jsonl")[:1] == ["the film was good ?"]
+
+
+def test_accumulated_gradients_are_those_of_all_learned_tokens(tmp_path: Path, llama: Path) -> None:
+    """Batches with few learned tokens count less than those with many."""
+    words = "good fine bad dull very not".split()
+    rows = [{"prompt": "film ?", "answer": " ".join(words[: 1 + i % 6])} for i in range(12)]
+    write(tmp_path / "a.jsonl", rows)
+    text = f"""
+task: text-generation
+model: {llama}
+data: {{train: a.jsonl, validation: a.jsonl}}
+method: {{name: lora, r: 2, target_modules: [q_proj, v_proj]}}
+training: {{epochs: 1, optim: sgd, learning_rate: 0.05, warmup_steps: 0, max_grad_norm: 1.0e+9, eval_strategy: "no"}}
+output: run
+"""
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    found = []
+    for name, settings in {"whole": ["training.batch_size=6"], "parts": ["training.batch_size=2"]}.items():
+        more = ["training.gradient_accumulation_steps=3"] if name == "parts" else []
+        recipe = recipes.read(tmp_path / "recipe.yaml", [*settings, *more, f"output={tmp_path / name}"])
+        found.append(load_file(train(recipe, lambda _: None).folder / "adapter_model.safetensors"))
+    whole, parts = found
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-5)

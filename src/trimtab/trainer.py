@@ -56,10 +56,6 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         self.evaluated: Any = None
         self.output = output
         self.batch: dict[str, Any] = {}
-        # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the number
-        # of accumulated rows. They do not: loss and gradients would be those of one step times
-        # gradient_accumulation_steps.
-        self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **settings: Any) -> Any:

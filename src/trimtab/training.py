@@ -84,6 +84,8 @@ def train(
         callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks],
         optimizers=(_optimizer(recipe, arguments, model), None),
     )
+    # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the labels of all
+    # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
     trainer.model_accepts_loss_kwargs &= task.divides_loss
     trainer.try_longest(task.length)
     held_out = {split: found for split, found in rows.items() if split != "train"}
