@@ -1,5 +1,6 @@
 """The tasks: one file each, and the table of their names."""
 
+from .image_classification import ImageClassification
 from .question_answering import QuestionAnswering
 from .task import Data, Task
 from .text_classification import TextClassification
@@ -13,4 +14,5 @@ TASKS: dict[str, type[Task]] = {
     "token-classification": TokenClassification,
     "text-generation": TextGeneration,
     "question-answering": QuestionAnswering,
+    "image-classification": ImageClassification,
 }
