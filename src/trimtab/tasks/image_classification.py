@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from ..errors import DataError
 from . import collection, models
 from .collection import Media
+from .columns import Cells, Say
 from .media import MediaClassification
 
 
@@ -41,6 +42,11 @@ class ImageClassification(MediaClassification):
 
     def _mode(self) -> str:
         return "L" if len(self.reader.image_mean or ()) == 1 else "RGB"
+
+    def encode(self, cells: Cells, split: str, say: Say) -> Any:
+        for file in cells["file"]:  # what cannot be read is to be known before training
+            self.decoded(file)
+        return self.encoded(cells)
 
     def features(self, decoded: Sequence[Any]) -> dict[str, Any]:
         return dict(self.reader(list(decoded), return_tensors="pt"))

@@ -107,17 +107,11 @@ class MediaClassification(MediaTask):
         heads = [name for name in HEADS[TaskType.SEQ_CLS] if hasattr(found, name)]
         return found, list(dict.fromkeys([*fresh, *heads]))
 
-    def encode(self, cells: Cells, split: str, say: Say) -> Any:
+    def encoded(self, cells: Cells, **more: list[Any]) -> Any:
         import datasets
 
-        self.look_through(cells["file"], split, say)
         labels = [self.labels.index(label) for label in cells["label"]]
-        return datasets.Dataset.from_dict({"file": cells["file"], "labels": labels})
-
-    def look_through(self, files: list[Media], split: str, say: Say) -> None:
-        """Decode every file once, and tell what should be known. Raises: DataError."""
-        for file in files:
-            self.decoded(file)
+        return datasets.Dataset.from_dict({"file": cells["file"], "labels": labels, **more})
 
     def show(self, row: dict[str, Any]) -> list[Piece]:
         return [(collection.title(row["file"]), False), (self.labels[row["labels"]], True)]
