@@ -201,3 +201,12 @@ output: run
     assert found.task.inputs(tmp_path / "a.jsonl")[0][1] == ROWS[0]["context"]
     with pytest.raises(DataError, match=r"reads 2 texts at a time \(question, context\), not 1"):
         found.task.asked(["is it"])
+
+
+def test_one_window_that_finds_none_is_not_enough(tmp_path: Path, bert: Path) -> None:
+    """Of a long context most windows hold no answer: the window that is the least sure of that decides."""
+    nothing = row("is meal", "film was good") | {"answers": {"text": [], "answer_start": []}}
+    long = row("is room", "the film was good the meal was bad the room was dull", "dull")
+    task, rows = prepared(bert, tmp_path, [long, nothing], max_length=12)
+    sure = [(0, 0, 9.0), (0, 0, 9.0), (9, 9, 3.0), (0, 0, 9.0)]
+    assert task.metrics(EvalPrediction(logits(rows, *sure), None), rows)["exact_match"] == 1

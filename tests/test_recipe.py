@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from trimtab import recipe as recipes
 from trimtab.errors import RecipeError
@@ -186,9 +186,10 @@ def test_models_are_looked_for_beside_the_recipe(good: Path) -> None:
     assert recipes.read(good).model == str((good.parent / "some" / "model").resolve())
 
 
-def test_training_offers_what_trainingarguments_has() -> None:
-    defaults = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
-    offered = recipes._training_model()
+@pytest.mark.parametrize("kind", [TrainingArguments, Seq2SeqTrainingArguments])
+def test_training_offers_what_trainingarguments_has(kind: type[TrainingArguments]) -> None:
+    defaults = {name: field.default for name, field in kind.__dataclass_fields__.items()}
+    offered = recipes._training_model(kind is Seq2SeqTrainingArguments)
     assert set(defaults) - recipes.NOT_OFFERED == set(offered.model_fields)
     assert set(recipes.SHORT.values()) <= set(offered.model_fields)
     assert not set(recipes.SHORT) & set(defaults)

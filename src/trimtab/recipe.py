@@ -9,8 +9,9 @@
     output: runs/reviews
 
 Relative paths are relative to the recipe. The keys of `method` are those of the method's config class; those of
-`training` are `transformers.TrainingArguments`' own, and the short names in `SHORT`. A key without a value means its
-default. What is wrong is said with file and line: nothing in a recipe is ignored.
+`training` are `transformers.TrainingArguments`' own (`Seq2SeqTrainingArguments`' for tasks that generate), and the
+short names in `SHORT`. A key without a value means its default. What is wrong is said with file and line: nothing in a
+recipe is ignored.
 """
 
 import types
@@ -30,7 +31,7 @@ from .methods import METHODS
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
 from .tasks.models import Quantization
-from .tasks.task import RecipePath
+from .tasks.task import FILES, RecipePath
 
 SHORT = {
     "epochs": "num_train_epochs",
@@ -46,12 +47,13 @@ NOT_OFFERED = frozenset(
     "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip "
     "include_for_metrics label_names local_rank log_level log_level_replica log_on_each_node logging_nan_inf_filter "
     "output_dir parallelism_config prediction_loss_only project push_to_hub remove_unused_columns report_to "
+    "generation_config predict_with_generate sortish_sampler "
     "resume_from_checkpoint run_name save_on_each_node save_only_model skip_memory_metrics trackio_bucket_id "
     "trackio_space_id trackio_static_space_id".split()
 )
 
 POSITIVE = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
-            "gradient_accumulation_steps")  # fmt: skip
+            "gradient_accumulation_steps", "generation_max_length", "generation_num_beams")  # fmt: skip
 
 # Fields of the method's config that the run fills in itself.
 FILLED_IN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type")
@@ -115,8 +117,10 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise _first(file, error) from None
     file.check_choice(("task",), recipe.task, TASKS)
     file.check_keys(("data", "columns"), TASKS[recipe.task].usual)
+    for key in recipe.data.model_fields_set - FILES - TASKS[recipe.task].reads:
+        raise file.error(("data", key), f"data.{key} is of no use to {recipe.task}.")
     _check_method(file, recipe)
-    recipe.training = _training(file, recipe.training)
+    recipe.training = _training(file, recipe.training, TASKS[recipe.task].generates)
     if (path.absolute().parent / recipe.model).is_dir():
         recipe.model = str((path.absolute().parent / recipe.model).resolve())
     elif recipe.model.startswith((".", "/", "~")) and not Path(recipe.model).expanduser().is_dir():
@@ -151,13 +155,13 @@ def _check_method(file: RecipeFile, recipe: Recipe) -> None:
         raise file.error(("method",), str(error)) from None
 
 
-def _training(file: RecipeFile, given: dict[str, Any]) -> dict[str, Any]:
+def _training(file: RecipeFile, given: dict[str, Any], generates: bool) -> dict[str, Any]:
     """The training settings, checked, by TrainingArguments' names."""
     if not given:
         return {}
     for key in NOT_OFFERED & set(given):
         raise file.error(("training", key), f"training.{key} cannot be set in a recipe: the run decides it.")
-    known = _training_model()
+    known = _training_model(generates)
     file.check_keys(("training",), [*SHORT, *known.model_fields])
     for short, long in SHORT.items():
         if short in given and long in given:
@@ -175,12 +179,13 @@ def _training(file: RecipeFile, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _training_model() -> type[BaseModel]:
+def _training_model(generates: bool) -> type[BaseModel]:
     """TrainingArguments' fields as a pydantic model; takes seconds, for transformers is imported."""
-    from transformers.training_args import TrainingArguments
+    from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-    hints = typing.get_type_hints(TrainingArguments)
-    names = [name for name in TrainingArguments.__dataclass_fields__ if name not in NOT_OFFERED]
+    arguments = Seq2SeqTrainingArguments if generates else TrainingArguments
+    hints = typing.get_type_hints(arguments)
+    names = [name for name in arguments.__dataclass_fields__ if name not in NOT_OFFERED]
     fields: dict[str, Any] = {
         name: (_accepted(hints[name]), Field(None, gt=0) if name in POSITIVE else None) for name in names
     }

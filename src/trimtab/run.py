@@ -8,7 +8,7 @@ from typing import Any
 
 from . import recipe as recipes
 from .adapter import PeftConfig
-from .errors import CheckpointError, MergeError
+from .errors import CheckpointError, ConfigError, MergeError
 from .merge import QuantizedMergeWarning
 from .model import PeftModel
 from .recipe import Recipe
@@ -40,8 +40,29 @@ def load(folder: Path) -> Run:
         raise CheckpointError(f"{folder} was not written by `trimtab train`: there is no {RECIPE} in it.")
     recipe = recipes.read(folder / RECIPE)
     task = TASKS[recipe.task].from_folder(folder)
-    model, _ = task.load_model(recipe.model, recipe.quantization)
+    model, _ = base(recipe, task)
     return Run(recipe, task, PeftModel.from_pretrained(model, folder).eval())
+
+
+def base(recipe: Recipe, task: Task) -> tuple[Any, list[str]]:
+    """The recipe's model without an adapter, set to generate as the recipe says, and the names of its new modules.
+
+    Raises:
+        ConfigError: no such model, one that does not fit the task, or one that cannot write texts so long.
+    """
+    model, fresh = task.load_model(recipe.model, recipe.quantization)
+    if not task.generates:
+        return model, fresh
+    if beams := recipe.training.get("generation_num_beams"):
+        model.generation_config.num_beams = beams
+    if length := recipe.training.get("generation_max_length"):
+        most = getattr(model.config, "max_position_embeddings", None) or length  # T5 has no limit
+        if length > most:
+            raise ConfigError(
+                f"{recipe.model} writes up to {most} tokens; training.generation_max_length is {length}. Make it less."
+            )
+        model.generation_config.update(max_length=length, max_new_tokens=None)
+    return model, fresh
 
 
 def logits(model: Any, batch: dict[str, Any]) -> Any:

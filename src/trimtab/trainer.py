@@ -47,7 +47,7 @@ def _read(model: PeftModel, folder: Path) -> None:
         checkpoint.load_weights(model, own if files.current(own, files.WEIGHTS).is_file() else folder, name)
 
 
-class RunTrainer(Trainer):
+class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
     """The Trainer of a run: it stops at a loss or gradient that cannot be right, and keeps the batch that gave it."""
 
     def __init__(self, output: Path, metrics: Callable[[Any, Any], dict[str, float]], **settings: Any) -> None:
@@ -61,6 +61,13 @@ class RunTrainer(Trainer):
         # gradient_accumulation_steps.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **settings: Any) -> Any:
+        """To smooth labels Trainer takes them away, and an encoder-decoder makes its decoder's inputs of them."""
+        shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if self.label_smoother is not None and shifted is not None:
+            inputs = {**inputs, "decoder_input_ids": shifted(labels=inputs["labels"])}
+        return super().compute_loss(model, inputs, *args, **settings)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.batch = dict(inputs)
@@ -77,6 +84,7 @@ class RunTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **settings: Any) -> Any:
         self.evaluated = dataloader.dataset
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer keeps rows that only fill a batch
         return super().evaluation_loop(dataloader, *args, **settings)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:

@@ -30,6 +30,7 @@ from .tasks.task import Piece
 from .trainer import RunTrainer, Trainer, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
+GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
 
@@ -207,6 +208,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "save_total_limit": 2,  # the best and the last
         "load_best_model_at_end": evaluated != "no",
         **best,
+        **({"generation_max_length": GENERATED} if task.generates else {}),
         "logging_steps": 1,
         "seed": 0,
         **recipe.training,
@@ -223,10 +225,11 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
+        "predict_with_generate": TASKS[recipe.task].generates,
     }
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)
-        arguments = transformers.TrainingArguments(**settings)
+        arguments = transformers.Seq2SeqTrainingArguments(**settings)
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         _try_schedule(arguments)
     except OSError as error:
@@ -245,7 +248,7 @@ def _try_schedule(arguments: transformers.TrainingArguments) -> None:
 
 def adapted(recipe: Recipe, task: Task) -> Any:
     """The recipe's model with a new adapter. Raises: ConfigError, TargetError."""
-    model, fresh = task.load_model(recipe.model, recipe.quantization)
+    model, fresh = run.base(recipe, task)
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     saved = list(dict.fromkeys([*recipe.method.get("modules_to_save", ()), *fresh]))

@@ -5,6 +5,7 @@ from .automatic_speech_recognition import SpeechRecognition
 from .image_classification import ImageClassification
 from .question_answering import QuestionAnswering
 from .task import Data, Task
+from .text2text_generation import Text2TextGeneration
 from .text_classification import TextClassification
 from .text_generation import TextGeneration
 from .token_classification import TokenClassification
@@ -15,6 +16,7 @@ TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
     "token-classification": TokenClassification,
     "text-generation": TextGeneration,
+    "text2text-generation": Text2TextGeneration,
     "question-answering": QuestionAnswering,
     "image-classification": ImageClassification,
     "audio-classification": AudioClassification,

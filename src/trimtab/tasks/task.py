@@ -32,7 +32,10 @@ class Data(BaseModel):
     """The files with the rows, and how to read them.
 
     validation: a file, or the fraction of the training rows that is set aside. columns: the task's name of a column
-    -> its name in the files; guessed where not given. max_length: tokens; longer rows are cut.
+    -> its name in the files; guessed where not given.
+
+    The rest are of use to some tasks only (`Task.reads`). max_length: tokens; longer rows are cut. prefix: goes before
+    each text that is read.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,6 +45,10 @@ class Data(BaseModel):
     test: RecipePath | None = None
     columns: dict[str, str] = {}
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
+    prefix: str | None = None
+
+
+FILES = frozenset({"train", "validation", "test", "columns"})  # the keys of data that are of use to all tasks
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,12 @@ class Task(ABC):
 
     usual: ClassVar[dict[str, tuple[str, ...]]]  # the task's columns, and how they are usually called, best first
     optional: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()  # the keys of data beside FILES that are of use to it
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
     higher_is_better: ClassVar[bool] = True
+    generates: ClassVar[bool] = False  # scores are of what the model writes, not of its logits
     divides_loss: ClassVar[bool] = False  # the model divides by the labels of all accumulated batches, when told them
 
     names: dict[str, str]

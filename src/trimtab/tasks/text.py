@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import ConfigError, DataError
 from . import columns, models, rows
@@ -18,6 +18,8 @@ WORDS = "the quick brown fox does not jump over 13 lazy dogs , or so they say ."
 class TextTask(Task):
     """max_length: tokens; longer rows are cut."""
 
+    reads: ClassVar[frozenset[str]] = frozenset({"max_length"})
+
     max_length: int
 
     @staticmethod
@@ -31,9 +33,9 @@ class TextTask(Task):
     def tokenized(self, *texts: Any, **settings: Any) -> Any:
         return self.reader(*texts, truncation=True, max_length=self.max_length, **settings)
 
-    def say_cut(self, encoded: Any, split: str, say: Say, only: str = "") -> None:
+    def say_cut(self, encoded: Any, split: str, say: Say, what: str = "texts") -> None:
         if cut := sum(bool(encoding.overflowing) for encoding in encoded.encodings or ()):
-            say(f"{split}: {cut} of {len(encoded['input_ids'])} texts cut to {self.max_length} tokens")
+            say(f"{split}: {cut} of {len(encoded['input_ids'])} {what} cut to {self.max_length} tokens")
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return dict(self.reader.pad(rows, return_tensors="pt"))
