@@ -66,7 +66,8 @@ class AudioTask(MediaTask):
         return float(len(self.decoded(file)) / self.extractor.sampling_rate)
 
     def length(self, row: dict[str, Any]) -> int:
-        return int(math.ceil(row["seconds"]))
+        seconds: float = row["seconds"]
+        return math.ceil(seconds)
 
     def noise(self) -> list[Any]:
         import numpy as np

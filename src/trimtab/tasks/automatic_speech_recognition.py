@@ -37,7 +37,10 @@ class SpeechRecognition(AudioTask):
         from transformers import AutoProcessor
 
         with models.loading(model):
-            return AutoProcessor.from_pretrained(model)
+            found = AutoProcessor.from_pretrained(model)
+        if found.tokenizer.pad_token is None:
+            found.tokenizer.pad_token = found.tokenizer.eos_token
+        return found
 
     @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
@@ -53,7 +56,7 @@ class SpeechRecognition(AudioTask):
             )
         decoder = config.get_text_config(decoder=True)
         longest = getattr(decoder, "max_target_positions", None) or decoder.max_position_embeddings
-        return cls(names, cls.load_reader(model), decoder.decoder_start_token_id, longest)
+        return cls(names, cls.load_reader(model), config.decoder_start_token_id, longest)
 
     @property
     def tokenizer(self) -> Any:
@@ -107,11 +110,12 @@ class SpeechRecognition(AudioTask):
         return {"wer": float(jiwer.wer(wanted, found)), "cer": float(jiwer.cer(wanted, found))}
 
     def _texts(self, ids: Any) -> list[str]:
-        return [text.strip() for text in self.tokenizer.batch_decode(list(ids), skip_special_tokens=True)]
+        plain = [list(map(int, row)) for row in ids]  # Whisper's decodes nothing else
+        return [text.strip() for text in self.tokenizer.batch_decode(plain, skip_special_tokens=True)]
 
     def example(self) -> dict[str, Any]:
         noise = self.noise()
-        return {**self.features(noise), **self._targets([self._labels("one two three")] * len(noise))}
+        return {**self.features(noise), **self._targets([self._labels("one two three")[: self.max_tokens]] * len(noise))}
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """What is said in each file."""
