@@ -114,8 +114,8 @@ class SpeechRecognition(AudioTask):
         return [text.strip() for text in self.tokenizer.batch_decode(plain, skip_special_tokens=True)]
 
     def example(self) -> dict[str, Any]:
-        noise = self.noise()
-        return {**self.features(noise), **self._targets([self._labels("one two three")[: self.max_tokens]] * len(noise))}
+        noise, labels = self.noise(), self._labels("one two three")[: self.max_tokens]
+        return {**self.features(noise), **self._targets([labels] * len(noise))}
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """What is said in each file."""
