@@ -1,5 +1,7 @@
 """The verbs on adapters: what they refuse, what they report, and that a refusal changes nothing."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import models
@@ -7,9 +9,10 @@ import pytest
 import torch
 from battery import Snapshot, run, same_bits
 from models import randomise
+from torch import nn
 
 import trimtab
-from trimtab import AdapterError, LoraConfig, attach, get_peft_model
+from trimtab import AdapterError, LNTuningConfig, LoraConfig, PeftModel, attach, get_peft_model
 
 CONFIG = LoraConfig(r=2, target_modules=["first"], modules_to_save=["head"])
 
@@ -154,3 +157,61 @@ def test_disabling_ends_with_the_block_also_after_an_error() -> None:
         assert same_bits(run(model, inputs), expected)
     model.unmerge_adapter()
     assert same_bits(run(model, inputs), active)
+
+
+def convolutional() -> nn.Sequential:
+    """With running statistics that are not those of the inputs below."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True))
+    for norm in net[1:]:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return net
+
+
+def test_training_leaves_the_statistics_of_a_frozen_norm(tmp_path: Path) -> None:
+    net, x = convolutional(), torch.randn(3, 2, 9)
+    base, classes = copy.deepcopy(net), [type(module) for module in net]
+    model: Any = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], bias="all"))  # a norm is a site as well
+    for start in (net, net[1]):  # whichever is told to train
+        start.train()
+        model(x).square().sum().backward()
+        assert not net[1].training
+        assert net[1].adapters["default"].training
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    trained = model(x)
+    torch.testing.assert_close(model.eval()(x), trained)  # it was trained as it predicts
+    model.save_pretrained(tmp_path)
+    other: Any = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(other.eval()(x), trained)
+    model.train().unload()
+    assert [type(module) for module in net] == classes
+    for name, value in base.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+    net(x)
+    assert not torch.equal(net[1].running_mean, base[1].running_mean)  # without adapters it is as it was
+
+
+def test_a_trained_copy_of_a_norm_counts_statistics_of_its_own(tmp_path: Path) -> None:
+    for first in (None, LoraConfig(r=2, target_modules=["0"])):
+        net, x = convolutional(), torch.randn(3, 2, 9)
+        base = copy.deepcopy(net)
+        config = LNTuningConfig(target_modules=["1"])
+        model: Any = get_peft_model(net, first or config)
+        if first:  # its norms are frozen when they are copied
+            model.add_adapter("other", config)
+            model.set_adapter("other")
+        model(x)
+        [copied] = net[1].adapters[model.active_adapter].children()
+        expected = base[1].running_mean * 0.9 + base[0](x).mean((0, 2)) * 0.1
+        torch.testing.assert_close(copied.running_mean, expected)
+        assert torch.equal(net[1].running_mean, base[1].running_mean)
+        found = model.eval()(x)
+        model.save_pretrained(tmp_path)
+        folder = tmp_path / "other" if first else tmp_path
+        other: Any = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        torch.testing.assert_close(other.eval()(x), found)
+        torch.testing.assert_close(model.merge_and_unload()(x), found)

@@ -24,6 +24,7 @@ class Trunk:
     sites: dict[str, AnySite] = field(default_factory=dict)  # by module name
     trainable: set[str] = field(default_factory=set)  # base parameters that were trainable before
     repacking: list[str] = field(default_factory=list)  # modules whose weights were repacked for inference before
+    counting: list[str] = field(default_factory=list)  # norms that counted running statistics before
     resting: tuple[str, ...] = ()  # what acted before `disable_adapters`
 
     def adapters(self, name: str) -> dict[str, Adapter]:
@@ -110,13 +111,15 @@ def install(model: nn.Module, made: Plan) -> None:
     if "_trunk" not in vars(model):
         own = Trunk(trainable={name for name, parameter in model.named_parameters() if parameter.requires_grad})
         own.repacking = [name for name, module in model.named_modules() if weights.stop_repacking(module)]
+        own.counting = [name for name, module in model.named_modules() if sites.freeze_statistics(module)]
         model.requires_grad_(False)
         object.__setattr__(model, "_trunk", own)
     own = trunk(model)
     modules = dict(model.named_modules())
     for path, adapter in made.adapters.items():
         site = modules[path]
-        adapter.requires_grad_(False).train(site.training)
+        follows = model if isinstance(site, sites.FrozenStatistics) else site
+        adapter.requires_grad_(False).train(follows.training)
         own.sites[path] = sites.add(site, modules[path.rpartition(".")[0]], made.name, adapter, own.active)
     own.configs[made.name] = made.config
 
@@ -188,6 +191,8 @@ def detach(model: nn.Module) -> None:
         parameter.requires_grad_(name in own.trainable)
     for name in own.repacking:
         weights.allow_repacking(model.get_submodule(name))
+    for name in own.counting:
+        sites.thaw_statistics(model.get_submodule(name), model.training)
     object.__delattr__(model, "_trunk")
 
 

@@ -10,7 +10,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -214,6 +214,32 @@ class ReadSite(AnySite):
         }
 
 
+class FrozenStatistics(Swapped, nn.Module):
+    """A norm of the base that counts means and variances in training: there too it takes those that it has.
+
+    Else every training step would change the base, and the saved adapter would act on another one.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)  # the adapters here follow
+        self.training = False
+        return self
+
+
+def freeze_statistics(module: nn.Module) -> bool:
+    """Make a norm with running statistics keep them; whether it is one."""
+    if module._buffers.get("running_mean") is None:
+        return False
+    swap_in(module, FrozenStatistics)
+    module.train(module.training)
+    return True
+
+
+def thaw_statistics(module: nn.Module, training: bool) -> None:
+    swap_out(module, FrozenStatistics)
+    module.train(training)
+
+
 def fold_weight(site: nn.Module, stored: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
     """The stored weight with adapters folded in, in the stored layout."""
     if not adapters:
@@ -253,6 +279,9 @@ def plain_copy(module: nn.Module) -> nn.Module:
     for site in list(sites(copied)):
         for name in list(site.adapters):
             remove(site, name)
+    for part in copied.modules():
+        if isinstance(part, FrozenStatistics):
+            thaw_statistics(part, module.training)
     return copied
 
 

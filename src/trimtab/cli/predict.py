@@ -31,8 +31,9 @@ def predict(
     found = run.load(folder)
     inputs = found.task.inputs(file) if file else found.task.asked(texts or ())
     answers = found.task.predict(found.model, inputs)
+    shown = [found.task.title(given) for given in inputs]
     if as_json:
-        for text, answer in zip(inputs, answers, strict=True):
+        for text, answer in zip(shown, answers, strict=True):
             print(json.dumps({"input": text, **answer}, ensure_ascii=False))
         return
-    Console(highlight=False).print(predictions(inputs, answers))
+    Console(highlight=False).print(predictions(shown, answers))

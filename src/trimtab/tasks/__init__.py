@@ -1,5 +1,8 @@
 """The tasks: one file each, and the table of their names."""
 
+from .audio_classification import AudioClassification
+from .automatic_speech_recognition import SpeechRecognition
+from .image_classification import ImageClassification
 from .question_answering import QuestionAnswering
 from .task import Data, Task
 from .text2text_generation import Text2TextGeneration
@@ -15,4 +18,7 @@ TASKS: dict[str, type[Task]] = {
     "text-generation": TextGeneration,
     "text2text-generation": Text2TextGeneration,
     "question-answering": QuestionAnswering,
+    "image-classification": ImageClassification,
+    "audio-classification": AudioClassification,
+    "automatic-speech-recognition": SpeechRecognition,
 }

@@ -11,12 +11,13 @@ Quantization = Literal["none", "int8", "nf4"]
 
 
 def load(
-    auto: str, model: str, quantization: Quantization, head: dict[str, Any], pad: int | None
+    auto: str, model: str, quantization: Quantization, head: dict[str, Any], pad: int | None, dtype: str = "auto"
 ) -> tuple[Any, list[str]]:
     """A model of one of transformers' Auto classes, and the names of its modules that are new and must be trained.
 
     Args:
         head: what its config is told, such as the classes. pad: the token that pads, where its config names none.
+        dtype: of its weights; "auto" is what they were saved in.
     Raises:
         ConfigError: no such model.
     """
@@ -28,17 +29,20 @@ def load(
     if getattr(texts, "pad_token_id", None) is None:  # decoders find the last token of a row by it
         texts.pad_token_id = pad
     auto = getattr(transformers, auto)
-    found, fresh = _load(auto, model, config, quantization, [])
+    found, fresh = _load(auto, model, config, quantization, [], dtype)
     if fresh and quantization != "none":  # the new modules were quantized as well, but they are to be trained
-        found, fresh = _load(auto, model, config, quantization, fresh)
+        found, fresh = _load(auto, model, config, quantization, fresh, dtype)
     return found, fresh
 
 
-def _load(auto: Any, model: str, config: Any, quantization: Quantization, plain: list[str]) -> tuple[Any, list[str]]:
+def _load(
+    auto: Any, model: str, config: Any, quantization: Quantization, plain: list[str], dtype: str
+) -> tuple[Any, list[str]]:
     with loading(model):
         found, report = auto.from_pretrained(
             model,
             config=config,
+            dtype=dtype,
             quantization_config=_quantizer(quantization, plain),
             ignore_mismatched_sizes=True,  # the head of another set of classes is replaced by a new one
             output_loading_info=True,

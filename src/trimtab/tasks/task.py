@@ -62,7 +62,7 @@ class Task(ABC):
     usual: ClassVar[dict[str, tuple[str, ...]]]  # the task's columns, and how they are usually called, best first
     optional: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()  # the keys of data beside FILES that are of use to it
-    task_type: ClassVar[TaskType]
+    task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
     higher_is_better: ClassVar[bool] = True
@@ -81,7 +81,7 @@ class Task(ABC):
             DataError: files that cannot be read, or hold nothing to learn from.
         """
         paths = {"train": data.train, "validation": data.validation, "test": data.test}
-        raw = {split: cls.read(path) for split, path in paths.items() if isinstance(path, Path)}
+        raw = {split: cls.read(path, split, say) for split, path in paths.items() if isinstance(path, Path)}
         names = cls.chosen(columns.complete(raw["train"], data, cls.usual, cls.optional), data)
         if guessed := [f"{column} is the {name}" for name, column in names.items() if name not in data.columns]:
             say(f"Columns guessed: {', '.join(guessed)} (data.columns changes this)")
@@ -110,7 +110,7 @@ class Task(ABC):
         (folder / SAVED).write_text(json.dumps(known, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Any:
+    def read(cls, path: Path, split: str, say: Say) -> Any:
         """The rows of a file, or of a folder, as a `datasets.Dataset`."""
         from . import rows
 
@@ -200,6 +200,10 @@ class Task(ABC):
     def asked(self, texts: Sequence[str]) -> list[Any]:
         """What single texts ask to be predicted. Raises: DataError."""
         return list(texts)
+
+    def title(self, given: Any) -> Any:
+        """What `inputs` or `asked` gave, as people and JSON know it."""
+        return given
 
     @abstractmethod
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:

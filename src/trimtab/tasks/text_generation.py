@@ -43,7 +43,7 @@ class TextGeneration(TextTask):
     divides_loss: ClassVar[bool] = True
 
     @classmethod
-    def read(cls, path: Path) -> Any:
+    def read(cls, path: Path, split: str, say: Say) -> Any:
         return rows.document(path) if path.name.removesuffix(".gz").endswith(".txt") else rows.read(path)
 
     @classmethod
