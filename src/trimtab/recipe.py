@@ -1,6 +1,6 @@
 """The recipe of a training run: a YAML file, every key known and every value of the right type.
 
-    task: text-classification
+    task: text-classification  # guessed from the data where it is not given
     model: path or hub id
     data: {train: train.csv, validation: 0.1, test: test.csv, columns: {text: review, label: stars}, max_length: 256}
     method: {name: lora, r: 8}
@@ -31,6 +31,7 @@ from .methods import METHODS
 from .methods.union import UnionConfig
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
+from .tasks.columns import Say
 from .tasks.models import Quantization
 from .tasks.task import FILES, RecipePath
 
@@ -67,14 +68,14 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task: str
+    task: str = ""  # guessed from the data
     model: str
     data: Data
     method: dict[str, Any] | list[dict[str, Any]] = {"name": "lora"}
     quantization: Quantization = "none"
     training: dict[str, Any] = {}
     output: RecipePath
-    made_with: dict[str, str] = {}  # in the recipe of a finished run: versions and hashes of what went in
+    made_with: dict[str, str] | None = None  # in the recipe of a finished run: versions and hashes of what went in
 
     @field_validator("method", mode="before")
     @classmethod
@@ -109,13 +110,16 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, text: str | None = None) -> Recipe:
     """The recipe in a file, with `training.epochs=1` and the like put in place of what it says.
 
+    Args:
+        say: gets a line where the task is guessed. text: what the file would hold, if there were one.
     Raises:
         RecipeError: a file that is no recipe, an unknown key at any depth, or a value of the wrong type.
+        DataError: no task is named, and the data are for none.
     """
-    file = RecipeFile(path)
+    file = RecipeFile(path, text)
     for override in overrides:
         file.set(override)
     file.check_keys((), Recipe.model_fields)
@@ -126,16 +130,21 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(file.value(), context={"folder": path.absolute().parent})
     except ValidationError as error:
         raise _first(file, error) from None
+    if (path.absolute().parent / recipe.model).is_dir():
+        recipe.model = str((path.absolute().parent / recipe.model).resolve())
+    elif recipe.model.startswith((".", "/", "~")) and not Path(recipe.model).expanduser().is_dir():
+        raise file.error(("model",), f"there is no model folder {recipe.model}.")
+    if not recipe.task:
+        from .propose import task_of  # which imports transformers
+
+        recipe.task = task_of(recipe.data, recipe.model)
+        say(f"Task guessed: {recipe.task} (task: changes this)")
     file.check_choice(("task",), recipe.task, TASKS)
     file.check_keys(("data", "columns"), TASKS[recipe.task].usual)
     for key in recipe.data.model_fields_set - FILES - TASKS[recipe.task].reads:
         raise file.error(("data", key), f"data.{key} is of no use to {recipe.task}.")
     _check_methods(file, recipe)
     recipe.training = _training(file, recipe.training, TASKS[recipe.task].generates)
-    if (path.absolute().parent / recipe.model).is_dir():
-        recipe.model = str((path.absolute().parent / recipe.model).resolve())
-    elif recipe.model.startswith((".", "/", "~")) and not Path(recipe.model).expanduser().is_dir():
-        raise file.error(("model",), f"there is no model folder {recipe.model}.")
     return recipe
 
 

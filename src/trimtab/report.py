@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,6 +28,18 @@ def summary(metrics: dict[str, Any]) -> Table:
     table.add_row("time", f"{metrics['seconds']:.0f} s")
     table.add_row("peak memory", size(metrics["peak_memory_bytes"]))
     return table
+
+
+def plan(planned: Any) -> str:
+    """The recipe as it would be run, and what that comes to."""
+    written = yaml.safe_dump(planned.recipe.plain(), sort_keys=False, allow_unicode=True)
+    trained, total = planned.trainable_parameters, planned.total_parameters
+    facts = [
+        ("rows", ", ".join(f"{split} {count:,}" for split, count in planned.rows.items())),
+        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
+        ("steps", f"{planned.steps:,}"),
+    ]
+    return f"\nThe recipe, with what was guessed or left to defaults:\n\n{written}\n{columns(facts)}"
 
 
 def predictions(inputs: Sequence[Any], answers: Sequence[dict[str, Any]]) -> Table:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import resource
 import shutil
 import time
@@ -65,12 +66,13 @@ def train(
     """
     started = time.perf_counter()
     arguments = _arguments(recipe)
+    _make_folder(recipe.output)
     transformers.set_seed(recipe.seed)
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
     recipe = _resolved(recipe, task)
+    recipe.made_with = _made_with(recipe)
     last = _unfinished(recipe, resume, overwrite)
-    for i in range(min(2, len(rows["train"]))):
-        say(_example(f"Example {i + 1}, what is learned in brackets: ", task.show(rows["train"][i])))
+    _show_examples(task, rows["train"], say)
     model = adapted(recipe, task)
     trainer = RunTrainer(
         recipe.output,
@@ -127,13 +129,51 @@ def train(
     return Result(recipe.output, metrics)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What `train` would do: the recipe with all that it leaves open, and how much that is."""
+
+    recipe: Recipe
+    rows: dict[str, int]
+    trainable_parameters: int
+    total_parameters: int
+    steps: int
+
+
+def planned(recipe: Recipe, say: Say = print) -> Planned:
+    """What `train` would do with this recipe, in one process. No weights are loaded and nothing is written.
+
+    Modules that the pretrained model turns out to lack, beside the usual heads, are not yet counted as trained.
+
+    Raises: what `train` raises before it loads the model.
+    """
+    arguments = _arguments(recipe)
+    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
+    recipe = _resolved(recipe, task)
+    _show_examples(task, rows["train"], say)
+    with torch.device("meta"):
+        model = with_adapter(recipe, task, task.outline(recipe.model), [])
+    trainable, total = model.get_nb_trainable_parameters()
+    batches = math.ceil(len(rows["train"]) / arguments.per_device_train_batch_size)
+    each = math.ceil(batches / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * each)
+    return Planned(recipe, {split: task.count(found) for split, found in rows.items()}, trainable, total, steps)
+
+
+def _show_examples(task: Task, rows: Any, say: Say) -> None:
+    for i in range(min(2, len(rows))):
+        say(_example(f"Example {i + 1}, what is learned in brackets: ", task.show(rows[i])))
+
+
 def _resolved(recipe: Recipe, task: Task) -> Recipe:
-    """The recipe with all that was guessed or left to defaults, and what it is made with."""
-    data = recipe.data
-    given = {"train": data.train, "validation": data.validation, "test": data.test}
-    made = record.made_with(recipe.model, {split: path for split, path in given.items() if isinstance(path, Path)})
-    filled = {"data": data.model_copy(update={"columns": task.names}), "training": _settings(recipe)}
-    return recipe.model_copy(update={**filled, "made_with": made})
+    """The recipe with all that was guessed or left to defaults."""
+    data = recipe.data.model_copy(update={"columns": task.names})
+    return recipe.model_copy(update={"data": data, "training": _settings(recipe)})
+
+
+def _made_with(recipe: Recipe) -> dict[str, str]:
+    given = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test}
+    return record.made_with(recipe.model, {split: path for split, path in given.items() if isinstance(path, Path)})
 
 
 def _unfinished(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
@@ -233,15 +273,19 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
     }
     settings.pop(LORAPLUS, None)
     try:
-        recipe.output.mkdir(parents=True, exist_ok=True)
         arguments = transformers.Seq2SeqTrainingArguments(**settings)
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         _try_schedule(arguments)
-    except OSError as error:
-        raise ConfigError(f"The output folder {recipe.output} cannot be made: {error.strerror}.") from None
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from None
     return arguments
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The output folder {output} cannot be made: {error.strerror}.") from None
 
 
 def _try_schedule(arguments: transformers.TrainingArguments) -> None:
@@ -256,6 +300,11 @@ def adapted(recipe: Recipe, task: Task) -> Any:
     model, fresh = run.base(recipe, task)
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return with_adapter(recipe, task, model, fresh)
+
+
+def with_adapter(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> Any:
+    """The model with a new adapter and with `fresh`, modules that are new themselves, to be trained."""
     named = [name for method in recipe.methods for name in method.get("modules_to_save", ())]
     config = recipe.config(task_type=task.task_type, modules_to_save=list(dict.fromkeys([*named, *fresh])) or None)
     with warnings.catch_warnings():

@@ -94,17 +94,17 @@ class AdaLoraConfig(TargetConfig):
     example: ClassVar[dict[str, Any]] = {"total_step": 1000}
     found_in_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
-    target_r: int = Field(8, ge=1)
-    init_r: int = Field(12, ge=1)
-    tinit: int = Field(0, ge=0)
-    tfinal: int = Field(0, ge=0)
-    deltaT: int = Field(1, ge=1)  # noqa: N815 - HF PEFT's name
-    beta1: float = Field(0.85, gt=0, lt=1)
-    beta2: float = Field(0.85, gt=0, lt=1)
-    orth_reg_weight: float = Field(0.5, ge=0)
-    total_step: int | None = Field(None, ge=1)
-    lora_alpha: int | float = Field(8, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_r: int = Field(default=8, ge=1)
+    init_r: int = Field(default=12, ge=1)
+    tinit: int = Field(default=0, ge=0)
+    tfinal: int = Field(default=0, ge=0)
+    deltaT: int = Field(default=1, ge=1)  # noqa: N815 - HF PEFT's name
+    beta1: float = Field(default=0.85, gt=0, lt=1)
+    beta2: float = Field(default=0.85, gt=0, lt=1)
+    orth_reg_weight: float = Field(default=0.5, ge=0)
+    total_step: int | None = Field(default=None, ge=1)
+    lora_alpha: int | float = Field(default=8, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     fan_in_fan_out: bool = False
     init_lora_weights: bool = True
     rank_pattern: dict[str, list[bool]] | None = None

@@ -83,9 +83,9 @@ class CompacterConfig(TargetConfig):
     hf_prefix: ClassVar[str] = "compacter_"
     example: ClassVar[dict[str, Any]] = {"reduction_factor": 16}
 
-    phm_dim: int = Field(4, ge=1)
-    phm_rank: int = Field(1, ge=1)
-    reduction_factor: float = Field(32, ge=1)
+    phm_dim: int = Field(default=4, ge=1)
+    phm_rank: int = Field(default=1, ge=1)
+    reduction_factor: float = Field(default=32, ge=1)
     non_linearity: Literal["relu", "gelu", "silu", "tanh", "leaky_relu"] = "gelu"
     plus_plus: bool = False
 

@@ -144,9 +144,9 @@ class CPTConfig(PromptConfig):
     cpt_mask: list[int] | None = None
     cpt_tokens_type_mask: list[int] | None = None
     opt_weighted_loss_type: Literal["none", "decay"] = "none"
-    opt_loss_decay_factor: float = Field(1.0, gt=0, le=1)
-    opt_projection_epsilon: float = Field(0.1, ge=0)
-    opt_projection_format_epsilon: float = Field(0.1, ge=0)
+    opt_loss_decay_factor: float = Field(default=1.0, gt=0, le=1)
+    opt_projection_epsilon: float = Field(default=0.1, ge=0)
+    opt_projection_format_epsilon: float = Field(default=0.1, ge=0)
     tokenizer_name_or_path: str | None = None
 
     def resolved(self, model: nn.Module) -> Self:

@@ -61,7 +61,7 @@ class HRAConfig(RotationConfig):
     )
     hf_prefix: ClassVar[str] = "hra_"
 
-    r: int = Field(8, ge=1)
+    r: int = Field(default=8, ge=1)
     apply_GS: bool = False  # noqa: N815 - HF PEFT's name
     bias: Literal["none", "all", "hra_only"] = "none"
     init_weights: bool = True

@@ -96,8 +96,8 @@ class AdaptionPromptConfig(SavedModulesConfig):
     hf_prefix: ClassVar[str] = "adaption_"
 
     target_modules: str | None = None
-    adapter_len: int = Field(10, ge=1)
-    adapter_layers: int | None = Field(None, ge=1)
+    adapter_len: int = Field(default=10, ge=1)
+    adapter_layers: int | None = Field(default=None, ge=1)
 
     def resolved(self, model: nn.Module) -> Self:
         found = list(caches.readers(model))

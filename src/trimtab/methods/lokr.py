@@ -96,7 +96,7 @@ class LoKrConfig(DeltaConfig):
     hf_prefix: ClassVar[str] = "lokr_"
 
     decompose_both: bool = False
-    decompose_factor: int = Field(-1, ge=-1)
+    decompose_factor: int = Field(default=-1, ge=-1)
     rank_dropout_scale: bool = False
     init_weights: bool | Literal["lycoris"] = True
 

@@ -111,9 +111,9 @@ class LoReftConfig(TargetConfig):
     )
     hf_prefix: ClassVar[str] = "reft_"
 
-    r: int = Field(4, ge=1)
-    first: int = Field(4, ge=0)
-    last: int = Field(4, ge=0)
+    r: int = Field(default=4, ge=1)
+    first: int = Field(default=4, ge=0)
+    last: int = Field(default=4, ge=0)
     tied: bool = True
     layers: list[int] | None = None
 

@@ -33,9 +33,9 @@ class MamConfig(SavedModulesConfig):
         "prefix takes room in the context, and nothing can be merged."
     )
 
-    num_virtual_tokens: int = Field(30, ge=1)
-    encoder_hidden_size: int = Field(800, ge=1)
-    reduction_factor: float = Field(2, ge=1)
+    num_virtual_tokens: int = Field(default=30, ge=1)
+    encoder_hidden_size: int = Field(default=800, ge=1)
+    reduction_factor: float = Field(default=2, ge=1)
     scaling: float = 4.0
 
     def union(self) -> UnionConfig:

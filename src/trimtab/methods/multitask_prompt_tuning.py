@@ -104,9 +104,9 @@ class MultitaskPromptTuningConfig(TextConfig):
 
     prompt_tuning_init: MultitaskPromptTuningInit = MultitaskPromptTuningInit.RANDOM
     prompt_tuning_init_state_dict_path: str | None = None
-    prompt_tuning_init_task: int = Field(0, ge=0)
-    num_ranks: int = Field(1, ge=1)
-    num_tasks: int = Field(1, ge=1)
+    prompt_tuning_init_task: int = Field(default=0, ge=0)
+    num_ranks: int = Field(default=1, ge=1)
+    num_tasks: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _source_is_named(self) -> Self:

@@ -46,9 +46,9 @@ class PromptEncoderConfig(PromptConfig):
     )
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
-    encoder_hidden_size: int | None = Field(None, ge=1)
-    encoder_num_layers: int = Field(2, ge=1)
-    encoder_dropout: float = Field(0.0, ge=0, lt=1)
+    encoder_hidden_size: int | None = Field(default=None, ge=1)
+    encoder_num_layers: int = Field(default=2, ge=1)
+    encoder_dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _mlp_has_two_layers(self) -> Self:

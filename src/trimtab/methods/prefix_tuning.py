@@ -104,7 +104,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         "LoRA and parallel adapters as the budget grows. It takes room in the context and in the cache."
     )
 
-    encoder_hidden_size: int | None = Field(None, ge=1)
+    encoder_hidden_size: int | None = Field(default=None, ge=1)
     prefix_projection: bool = False
     init_weights: Literal["zero"] | None = None
 

@@ -13,7 +13,7 @@ from .collection import Media
 from .columns import Cells, Say
 from .models import Quantization
 from .task import Data, Piece, Task
-from .text_classification import accuracy, classes, classifier, commonest, likely
+from .text_classification import accuracy, classes, classifier, commonest, likely, no_classes
 
 BATCH = 16  # files that are predicted at a time
 
@@ -92,6 +92,10 @@ class MediaClassification(MediaTask):
     metric: ClassVar[str] = "accuracy"
 
     labels: list[str]
+
+    @classmethod
+    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
+        return no_classes(names["label"], found[names["label"]])
 
     @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:

@@ -82,7 +82,7 @@ class Task(ABC):
         """
         paths = {"train": data.train, "validation": data.validation, "test": data.test}
         raw = {split: cls.read(path, split, say) for split, path in paths.items() if isinstance(path, Path)}
-        names = cls.chosen(columns.complete(raw["train"], data, cls.usual, cls.optional), data)
+        names = cls.named(raw["train"], data)
         if guessed := [f"{column} is the {name}" for name, column in names.items() if name not in data.columns]:
             say(f"Columns guessed: {', '.join(guessed)} (data.columns changes this)")
         cells = {
@@ -93,6 +93,12 @@ class Task(ABC):
             cells["train"], cells["validation"] = cls.split(cells["train"], data.validation, seed)
         task = cls.fitted(cells, names, data, model)
         return task, {split: task.encode(found, split, say) for split, found in cells.items()}
+
+    def rows(self, path: Path, say: Say) -> Any:
+        """The rows of one more file, with the columns trained on, as the model reads them. Raises: DataError."""
+        found = self.read(path, path.name, say)
+        cells = columns.clean(path, found, self.names, self.cell, self.needed(self.names), path.name, say)
+        return self.encode(cells, path.name, say)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -124,6 +130,16 @@ class Task(ABC):
     @classmethod
     def load_reader(cls, model: str) -> Any:
         return models.tokenizer(model)
+
+    @classmethod
+    def named(cls, found: Any, data: Data) -> dict[str, str]:
+        """data.columns with those that it does not name, by their usual names. Raises: DataError."""
+        return cls.chosen(columns.complete(found, data, cls.usual, cls.optional), data)
+
+    @classmethod
+    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
+        """Why rows with these columns are for another task, or ''."""
+        return ""
 
     @classmethod
     def chosen(cls, names: dict[str, str], data: Data) -> dict[str, str]:
@@ -160,6 +176,10 @@ class Task(ABC):
             ConfigError: no such model, or one that does not fit the task.
         """
         return models.load(self.auto, model, quantization, self.head(), getattr(self.reader, "pad_token_id", None))
+
+    def outline(self, model: str) -> Any:
+        """That model on the meta device: no weights are loaded. Raises: ConfigError."""
+        return models.outline(self.auto, model, self.head())
 
     @abstractmethod
     def show(self, row: dict[str, Any]) -> list[Piece]:

@@ -29,6 +29,10 @@ class TextClassification(TextTask):
     labels: list[str]
 
     @classmethod
+    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
+        return no_classes(names["label"], found[names["label"]])
+
+    @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
         labels = classes({split: found["label"] for split, found in cells.items()}, data)
         tokenizer = cls.load_reader(model)
@@ -74,12 +78,19 @@ def classes(labels: dict[str, list[str]], data: Data) -> list[str]:
     known = set(labels["train"])
     if len(known) < 2:
         raise DataError(f"{data.train} has one class only, {known.pop()!r}: there is nothing to tell apart.")
-    if len(known) > 20 and len(known) > len(labels["train"]) / 2:
-        raise DataError(f"{data.train} has {len(known)} labels in {len(labels['train'])} rows: no classes.")
+    if reason := no_classes(data.train, labels["train"]):
+        raise DataError(reason)
     for split, found in labels.items():
         if strange := sorted(set(found) - known):
             raise DataError(f"The {split} rows have the label {strange[0]!r}, which no training row has.")
     return sorted(known, key=lambda label: (0, int(label), "") if _is_whole(label) else (1, 0, label))
+
+
+def no_classes(where: Any, labels: Sequence[Any]) -> str:
+    """Why these are no classes: most are there only once. Else ''."""
+    known = len({str(label) for label in labels})
+    many = known > 20 and known > len(labels) / 2
+    return f"{where} has {known} labels in {len(labels)} rows: no classes." if many else ""
 
 
 def _is_whole(label: str) -> bool:
