@@ -34,6 +34,7 @@ LAYERS = [
     {"recipe"},
     {"run", "trainer", "record"},
     {"training"},
+    {"evaluation"},
     {"report", "progress"},
     {"cli"},
     {"__init__", "__main__"},

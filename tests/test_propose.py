@@ -12,6 +12,7 @@ from PIL import Image
 from trimtab import propose
 from trimtab import recipe as recipes
 from trimtab.errors import ConfigError, DataError
+from trimtab.outline import outline
 from trimtab.tasks import Data
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -90,10 +91,11 @@ def test_a_model_without_a_task_is_said(tmp_path: Path) -> None:
 
 def test_layers_without_a_usual_name_are_named(tmp_path: Path, bert: Path) -> None:
     resnet = configured(tmp_path / "resnet", model_type="resnet", depths=[1], hidden_sizes=[8], embedding_size=8)
-    assert yaml.safe_load(propose._method(resnet)) == {"name": "lora", "r": 8, "target_modules": ["convolution"]}
     xlnet = configured(tmp_path / "xlnet", model_type="xlnet", n_layer=1, d_model=8, n_head=2, d_inner=8)
-    assert yaml.safe_load(propose._method(xlnet))["target_modules"] == ["layer_1", "layer_2"]
-    assert yaml.safe_load(propose._method(str(bert))) == {"name": "lora", "r": 8}
+    methods = [yaml.safe_load(propose._method(outline(model))) for model in (resnet, xlnet, str(bert))]
+    assert methods[0] == {"name": "lora", "r": 8, "target_modules": ["convolution"]}
+    assert methods[1] == {"name": "lora", "r": 8, "target_modules": ["layer_1", "layer_2"]}
+    assert methods[2] == {"name": "lora", "r": 8}
 
 
 def test_init_writes_a_recipe_that_is_the_rows_own(

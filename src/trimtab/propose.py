@@ -8,7 +8,7 @@ import yaml
 
 from .errors import ConfigError, DataError, TargetError, TrimtabError
 from .methods.lora import LoraConfig
-from .outline import outline, usual_ends
+from .outline import usual_ends
 from .tasks import TASKS, Data, Task
 from .tasks.models import loading
 
@@ -65,6 +65,7 @@ def recipe(data: Path, model: str, output: Path) -> str:
     report = "\n".join(f"# {line}" for line in [*lines, *_spread(lengths)])
     limit = getattr(task, "max_length", None)
     cut = f"  # max_length: {limit}  # tokens; what is longer is cut\n" if limit else ""
+    found = task.outline(model)
     return f"""\
 # Run it with: trimtab train THIS_FILE
 {report}
@@ -75,12 +76,12 @@ data:
   validation: 0.1  # the share of the training rows that is set aside, or a file
   # test: another file, by which nothing is chosen
   columns: {_yaml(task.names)}
-{cut}method: {_method(model)}  # `trimtab methods` lists all of them
+{cut}method: {_method(found)}  # `trimtab methods` lists all of them
 quantization: none  # or int8, nf4: the frozen weights in 8 or 4 bits, which takes less memory
 training:  # transformers.TrainingArguments' names
   epochs: {epochs}
   batch_size: {BATCH}
-  learning_rate: 5.0e-4
+  learning_rate: {_rate(found)}
   seed: 0
   # gradient_accumulation_steps: 4  # batches that make one step, where the memory holds no bigger ones
   # gradient_checkpointing: true  # less memory, more time
@@ -98,14 +99,21 @@ def _fits(config: Any, task: type[Task]) -> bool:
     return type(config) in getattr(transformers, task.auto)._model_mapping
 
 
-def _method(model: str) -> str:
+def _method(model: Any) -> str:
     """LoRA on attention's query and value where these have a known name, else on all layers that are usual targets."""
-    found, method = outline(model), {"name": "lora", "r": 8}
+    method = {"name": "lora", "r": 8}
     try:
-        LoraConfig().default_targets(found)
+        LoraConfig().default_targets(model)
     except TargetError:
-        return _yaml({**method, "target_modules": usual_ends(found)})
+        return _yaml({**method, "target_modules": usual_ends(model)})
     return _yaml(method)
+
+
+def _rate(model: Any) -> str:
+    """The smaller the model, the higher: LoRA's for GPT-3 and RoBERTa (Hu et al. 2021, tables 9 and 12), and what was
+    best for a MiniLM of 23 million parameters (docs/benchmarks/methods.md)."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return "2.0e-3" if size < 1e8 else "5.0e-4" if size < 1e9 else "2.0e-4"
 
 
 def _spread(lengths: list[int]) -> list[str]:

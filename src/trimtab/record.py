@@ -53,7 +53,12 @@ def made_with(model: str, files: dict[str, Path]) -> dict[str, str]:
     else:
         config = transformers.AutoConfig.from_pretrained(model)
         found["model"] = f"revision {getattr(config, '_commit_hash', None)}"
-    return found | {split: _hash(_inside(path)) for split, path in files.items()}
+    return found | hashes(files)
+
+
+def hashes(files: dict[str, Path]) -> dict[str, str]:
+    """SHA-256 of files, or of all that is in folders, by name."""
+    return {name: _hash(_inside(path)) for name, path in files.items()}
 
 
 def _inside(path: Path) -> Iterable[Path]:

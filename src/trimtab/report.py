@@ -30,6 +30,15 @@ def summary(metrics: dict[str, Any]) -> Table:
     return table
 
 
+def intervals(found: Any) -> Table:
+    """The scores of an evaluation."""
+    table = Table("score", "", "95 % interval", title=f"{found.rows:,} rows", title_justify="left")
+    for name, value in found.scores.items():
+        low, high = found.intervals[name]
+        table.add_row(name, f"[bold]{value:.3f}[/bold]", f"{low:.3f} to {high:.3f}")
+    return table
+
+
 def plan(planned: Any) -> str:
     """The recipe as it would be run, and what that comes to."""
     written = yaml.safe_dump(planned.recipe.plain(), sort_keys=False, allow_unicode=True)

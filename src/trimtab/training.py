@@ -65,12 +65,12 @@ def train(
         what the trained one does, or an unfinished run, or one that cannot be gone on with.
     """
     started = time.perf_counter()
-    arguments = _arguments(recipe)
+    arguments = arguments_of(recipe)
     _make_folder(recipe.output)
     transformers.set_seed(recipe.seed)
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
     recipe = _resolved(recipe, task)
-    recipe.made_with = _made_with(recipe)
+    recipe.made_with = record.made_with(recipe.model, recipe.data.paths)
     last = _unfinished(recipe, resume, overwrite)
     _show_examples(task, rows["train"], say)
     model = adapted(recipe, task)
@@ -147,7 +147,7 @@ def planned(recipe: Recipe, say: Say = print) -> Planned:
 
     Raises: what `train` raises before it loads the model.
     """
-    arguments = _arguments(recipe)
+    arguments = arguments_of(recipe)
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
     recipe = _resolved(recipe, task)
     _show_examples(task, rows["train"], say)
@@ -169,11 +169,6 @@ def _resolved(recipe: Recipe, task: Task) -> Recipe:
     """The recipe with all that was guessed or left to defaults."""
     data = recipe.data.model_copy(update={"columns": task.names})
     return recipe.model_copy(update={"data": data, "training": _settings(recipe)})
-
-
-def _made_with(recipe: Recipe) -> dict[str, str]:
-    given = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test}
-    return record.made_with(recipe.model, {split: path for split, path in given.items() if isinstance(path, Path)})
 
 
 def _unfinished(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
@@ -259,7 +254,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
+def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
+    """What transformers' Trainer is told. Raises: ConfigError."""
     settings: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),  # without a graphics card it only warns
         "use_cpu": not torch.accelerator.is_available(),  # without it bf16 is refused there

@@ -13,7 +13,7 @@ from .collection import Media
 from .columns import Cells, Say
 from .models import Quantization
 from .task import Data, Piece, Task
-from .text_classification import accuracy, classes, classifier, commonest, likely, no_classes
+from .text_classification import accuracy, classes, classifier, commonest, likely, no_classes, numbers
 
 BATCH = 16  # files that are predicted at a time
 
@@ -99,7 +99,7 @@ class MediaClassification(MediaTask):
 
     @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
-        labels = classes({split: found["label"] for split, found in cells.items()}, data)
+        labels = classes(cells["train"]["label"], data)
         return cls(names, cls.load_reader(model), labels)
 
     def head(self) -> dict[str, Any]:
@@ -111,10 +111,10 @@ class MediaClassification(MediaTask):
         heads = [name for name in HEADS[TaskType.SEQ_CLS] if hasattr(found, name)]
         return found, list(dict.fromkeys([*fresh, *heads]))
 
-    def encoded(self, cells: Cells, **more: list[Any]) -> Any:
+    def encoded(self, cells: Cells, split: str, **more: list[Any]) -> Any:
         import datasets
 
-        labels = [self.labels.index(label) for label in cells["label"]]
+        labels = numbers(cells["label"], self.labels, split)
         return datasets.Dataset.from_dict({"file": cells["file"], "labels": labels, **more})
 
     def show(self, row: dict[str, Any]) -> list[Piece]:

@@ -160,9 +160,6 @@ class QuestionAnswering(TextTask):
         read = [{name: value for name, value in row.items() if name not in FOR_SCORES} for row in rows]
         return dict(self.reader.pad(read, padding_side="right", return_tensors="pt"))  # so that positions stay
 
-    def count(self, rows: Any) -> int:
-        return len(set(rows["row"]))
-
     def reduced(self, logits: Any, labels: Any) -> Any:
         return logits[:2]  # an encoder-decoder gives more
 

@@ -47,6 +47,12 @@ class Data(BaseModel):
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
     prefix: str | None = None
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The files by split."""
+        given = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: path for split, path in given.items() if isinstance(path, Path)}
+
 
 FILES = frozenset({"train", "validation", "test", "columns"})  # the keys of data that are of use to all tasks
 
@@ -80,13 +86,12 @@ class Task(ABC):
         Raises:
             DataError: files that cannot be read, or hold nothing to learn from.
         """
-        paths = {"train": data.train, "validation": data.validation, "test": data.test}
-        raw = {split: cls.read(path, split, say) for split, path in paths.items() if isinstance(path, Path)}
+        raw = {split: cls.read(path, split, say) for split, path in data.paths.items()}
         names = cls.named(raw["train"], data)
         if guessed := [f"{column} is the {name}" for name, column in names.items() if name not in data.columns]:
             say(f"Columns guessed: {', '.join(guessed)} (data.columns changes this)")
         cells = {
-            split: columns.clean(paths[split], found, names, cls.cell, cls.needed(names), split, say)
+            split: columns.clean(data.paths[split], found, names, cls.cell, cls.needed(names), split, say)
             for split, found in raw.items()
         }
         if isinstance(data.validation, float):
@@ -190,8 +195,8 @@ class Task(ABC):
         """A batch of encoded rows as the model's keyword arguments."""
 
     def count(self, rows: Any) -> int:
-        """The rows of the file that encoded rows are of."""
-        return len(rows)
+        """The rows of the file that encoded rows are of: of those in a column `row`, or one each."""
+        return len(set(rows["row"])) if "row" in rows.column_names else len(rows)
 
     def length(self, row: dict[str, Any]) -> int:
         """How much memory an encoded row takes, in any unit."""

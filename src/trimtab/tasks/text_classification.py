@@ -1,7 +1,7 @@
 """Text classification: one text, or a pair of them, to one of several classes."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -34,7 +34,7 @@ class TextClassification(TextTask):
 
     @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
-        labels = classes({split: found["label"] for split, found in cells.items()}, data)
+        labels = classes(cells["train"]["label"], data)
         tokenizer = cls.load_reader(model)
         return cls(names, tokenizer, cls.limit(data, model, tokenizer), labels)
 
@@ -46,7 +46,7 @@ class TextClassification(TextTask):
 
         encoded = self.tokenized(cells["text"], cells.get("text_pair"))
         self.say_cut(encoded, split, say)
-        labels = [self.labels.index(label) for label in cells["label"]]
+        labels = numbers(cells["label"], self.labels, split)
         return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
     def show(self, row: dict[str, Any]) -> list[Piece]:
@@ -73,17 +73,23 @@ class TextClassification(TextTask):
         return found
 
 
-def classes(labels: dict[str, list[str]], data: Data) -> list[str]:
+def classes(labels: list[str], data: Data) -> list[str]:
     """The classes of the training rows: numbers by size, words by the alphabet. Raises: DataError."""
-    known = set(labels["train"])
+    known = set(labels)
     if len(known) < 2:
         raise DataError(f"{data.train} has one class only, {known.pop()!r}: there is nothing to tell apart.")
-    if reason := no_classes(data.train, labels["train"]):
+    if reason := no_classes(data.train, labels):
         raise DataError(reason)
-    for split, found in labels.items():
-        if strange := sorted(set(found) - known):
-            raise DataError(f"The {split} rows have the label {strange[0]!r}, which no training row has.")
     return sorted(known, key=lambda label: (0, int(label), "") if _is_whole(label) else (1, 0, label))
+
+
+def numbers(labels: Iterable[str], classes: list[str], split: str) -> list[int]:
+    """The classes' numbers. Raises: DataError, where a label is none of them."""
+    known = {label: i for i, label in enumerate(classes)}
+    try:
+        return [known[label] for label in labels]
+    except KeyError as error:
+        raise DataError(f"{split}: the label {error} is none that was trained on: {', '.join(classes[:12])}.") from None
 
 
 def no_classes(where: Any, labels: Sequence[Any]) -> str:

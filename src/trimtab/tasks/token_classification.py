@@ -11,7 +11,7 @@ from . import columns, rows
 from .columns import Cells, Say
 from .task import Data, Piece
 from .text import WORDS, TextTask
-from .text_classification import classifier
+from .text_classification import classifier, numbers
 
 IGNORED = -100  # PyTorch's label of what no loss is of
 
@@ -49,9 +49,6 @@ class TokenClassification(TextTask):
         known = {tag for tags in cells["train"]["tags"] for tag in tags}
         if len(known) < 2:
             raise DataError(f"{data.train} has one tag only, {known.pop()!r}: there is nothing to tell apart.")
-        for split, found in cells.items():
-            if strange := sorted({tag for tags in found["tags"] for tag in tags} - known):
-                raise DataError(f"The {split} rows have the tag {strange[0]!r}, which no training row has.")
         tokenizer = cls.load_reader(model)
         return cls(names, tokenizer, cls.limit(data, model, tokenizer), sorted(known))
 
@@ -67,7 +64,7 @@ class TokenClassification(TextTask):
         for i, tags in enumerate(cells["tags"]):
             words = encoded.word_ids(i)
             first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
-            known = [self.labels.index(tag) for tag in tags]
+            known = numbers(tags, self.labels, split)
             labels.append([known[word] if begins else IGNORED for word, begins in zip(words, first, strict=True)])
         return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
