@@ -36,6 +36,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"report", "progress"},
+    {"comparison"},
     {"cli"},
     {"__init__", "__main__"},
 ]

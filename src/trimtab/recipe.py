@@ -92,6 +92,11 @@ class Recipe(BaseModel):
         return self.method if isinstance(self.method, list) else [self.method]
 
     @property
+    def relative_rate(self) -> float:
+        """The learning rate that suits the method, in LoRA's; of a union the least."""
+        return min(METHODS[method["name"]].relative_rate for method in self.methods)
+
+    @property
     def seed(self) -> int:
         return int(self.training.get("seed", 0))
 

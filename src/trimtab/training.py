@@ -168,7 +168,7 @@ def _show_examples(task: Task, rows: Any, say: Say) -> None:
 def _resolved(recipe: Recipe, task: Task) -> Recipe:
     """The recipe with all that was guessed or left to defaults."""
     data = recipe.data.model_copy(update={"columns": task.names})
-    return recipe.model_copy(update={"data": data, "training": _settings(recipe)})
+    return recipe.model_copy(update={"data": data, "training": settings_of(recipe)})
 
 
 def _unfinished(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
@@ -225,10 +225,10 @@ def _example(title: str, pieces: Iterable[Piece]) -> Text:
     return shown
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's training settings over defaults for small data: evaluate each epoch, keep the best checkpoint.
 
-    The learning rate is the LoRA paper's for RoBERTa base (table 9): ten times and more that of full fine-tuning.
+    The learning rate is the LoRA paper's for RoBERTa base (table 9), times what suits the method better.
     """
     evaluated, task = recipe.training.get("eval_strategy", "epoch"), TASKS[recipe.task]
     best: dict[str, Any] = {"metric_for_best_model": task.metric, "greater_is_better": task.higher_is_better}
@@ -238,7 +238,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "num_train_epochs": 3.0,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
-        "learning_rate": 5e-4,
+        "learning_rate": 5e-4 * recipe.relative_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.1,
         "eval_strategy": evaluated,
@@ -259,7 +259,7 @@ def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
     settings: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),  # without a graphics card it only warns
         "use_cpu": not torch.accelerator.is_available(),  # without it bf16 is refused there
-        **_settings(recipe),
+        **settings_of(recipe),
         "output_dir": str(recipe.output / CHECKPOINTS),
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import TrimtabError
+from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
 from .init import init
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune pretrained models by training a small adapter and leaving the model alone.",
 )
-for verb in (demo, init, train, evaluate, predict, merge, inspect, targets, methods):
+for verb in (demo, init, train, evaluate, predict, compare, merge, inspect, targets, methods):
     app.command(no_args_is_help=verb not in (demo, methods))(verb)
 
 

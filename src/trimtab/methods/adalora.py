@@ -81,6 +81,7 @@ class AdaLoraConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
     trains: ClassVar[str] = "a pruned singular value decomposition"
+    relative_rate: ClassVar[float] = 8.0
     when: ClassVar[str] = "A tight budget, a number of steps that is known ahead, and time to set up a schedule."
     evidence: ClassVar[str] = (
         "The paper reports gains over LoRA of the same size on GLUE and SQuAD, most at the lowest budgets. It trains "

@@ -67,6 +67,7 @@ class BOFTConfig(RotationConfig):
 
     peft_type: ClassVar[str] = "BOFT"
     trains: ClassVar[str] = "butterfly factors of orthogonal blocks"
+    relative_rate: ClassVar[float] = 8.0
     when: ClassVar[str] = (
         "As OFT, where its blocks mix too few features: m factors mix 2^(m-1) blocks with few parameters more."
     )

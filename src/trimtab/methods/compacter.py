@@ -75,6 +75,7 @@ class CompacterConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "COMPACTER"
     trains: ClassVar[str] = "Kronecker factors of bottleneck adapters"
+    relative_rate: ClassVar[float] = 2.0
     when: ClassVar[str] = "Bottleneck adapters for very small files."
     evidence: ClassVar[str] = (
         "Mahabadi et al. are on a par with full fine-tuning of T5 on GLUE with 0.047 % of its parameters. Widths must "

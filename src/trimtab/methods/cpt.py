@@ -133,6 +133,7 @@ class CPTConfig(PromptConfig):
     peft_type: ClassVar[str] = "CPT"
     example: ClassVar[dict[str, Any]] = {"cpt_token_ids": [5, 6, 7]}
     trains: ClassVar[str] = "the embeddings of a context of examples"
+    relative_rate: ClassVar[float] = 80.0
     when: ClassVar[str] = "Classification by a decoder with so few examples that all of them go into the prompt."
     evidence: ClassVar[str] = (
         "Blau et al. report it ahead of in-context learning, which is where it begins, and of prompt tuning: the ball "

@@ -87,6 +87,7 @@ class AdaptionPromptConfig(SavedModulesConfig):
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
     trains: ClassVar[str] = "prompts of attention, and gates"
+    relative_rate: ClassVar[float] = 8.0
     when: ClassVar[str] = "Decoders, LLaMA above all, that are to follow instructions without losing what they know."
     evidence: ClassVar[str] = (
         "The gate starts at zero, so training starts from the model as it was; Zhang et al. train 1.2 million "

@@ -26,6 +26,7 @@ class MamConfig(SavedModulesConfig):
 
     peft_type: ClassVar[str] = "MAM"
     trains: ClassVar[str] = "a prefix, and bottlenecks beside the feed-forward parts"
+    relative_rate: ClassVar[float] = 0.25
     when: ClassVar[str] = "More trained parameters can be afforded than LoRA needs, for the most accuracy."
     evidence: ClassVar[str] = (
         "He et al. compare where and how methods act, and put the best together: on summarization (XSum) and "

@@ -87,6 +87,7 @@ class VeraConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "VERA"
     trains: ClassVar[str] = "two vectors of scales"
+    relative_rate: ClassVar[float] = 20.0
     when: ClassVar[str] = "Many adapters of one base, where LoRA's files are still too large."
     evidence: ClassVar[str] = (
         "Kopiczko et al. report LoRA's results on GLUE, E2E and instruction tuning with about ten times fewer "
