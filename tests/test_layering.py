@@ -36,7 +36,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"report", "progress"},
-    {"comparison"},
+    {"comparison", "doctor"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -153,6 +153,28 @@ def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, t
     return recipe
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe. Of what depends on the task, all is allowed; `read` knows better."""
+    found = Recipe.model_json_schema()
+    training = _training_model(True).model_json_schema()
+    training["properties"] |= {short: training["properties"][long] for short, long in SHORT.items()}
+    one: dict[str, Any] = {"anyOf": [{"enum": list(METHODS)}]}
+    for name, config in METHODS.items():
+        method = config.model_json_schema()
+        settings = {key: value for key, value in method["properties"].items() if key not in FILLED_IN}
+        method |= {"properties": {"name": {"const": name}, **settings}, "required": ["name"]}
+        found["$defs"] |= method.pop("$defs", {})
+        one["anyOf"].append(method)
+    found["$defs"] |= training.pop("$defs", {})
+    found["properties"] |= {
+        "task": {"enum": list(TASKS)},
+        "method": {"anyOf": [one, {"type": "array", "items": one}]},
+        "training": training,
+    }
+    del found["properties"]["made_with"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
 def _first(file: RecipeFile, error: ValidationError, under: Loc = ()) -> RecipeError:
     found = error.errors()[0]
     at: Loc = (*under, *(part for part in found["loc"] if isinstance(part, int) or part.isidentifier()))

@@ -221,22 +221,20 @@ class TextGeneration(TextTask):
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """What the model writes after each prompt, greedily, up to NEW_TOKENS."""
+        return [{"text": self.answer(model, given)} for given in inputs]
+
+    def answer(self, model: Any, given: Any, **settings: Any) -> str:
+        """What the model writes after a prompt. settings: for `generate`."""
         import torch
 
-        found: list[dict[str, Any]] = []
-        for given in inputs:
-            ids = self.prompt(given)[-self.max_length :]
-            with torch.inference_mode():
-                asked = torch.tensor([ids], device=model.device)
-                written = model.eval().generate(
-                    input_ids=asked,
-                    attention_mask=torch.ones_like(asked),
-                    do_sample=False,
-                    max_new_tokens=NEW_TOKENS,
-                    pad_token_id=self.reader.pad_token_id,
-                )
-            found.append({"text": self.reader.decode(written[0, len(ids) :], skip_special_tokens=True).strip()})
-        return found
+        ids = self.prompt(given)[-self.max_length :]
+        asked = torch.tensor([ids], device=model.device)
+        greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": self.reader.pad_token_id}
+        with torch.inference_mode():
+            written = model.eval().generate(
+                input_ids=asked, attention_mask=torch.ones_like(asked), **{**greedy, **settings}
+            )
+        return str(self.reader.decode(written[0, len(ids) :], skip_special_tokens=True).strip())
 
     def prompt(self, given: Any) -> list[int]:
         """What the model reads before it answers: messages, or a text as it was trained on."""
