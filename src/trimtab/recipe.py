@@ -130,6 +130,9 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     file.check_keys(("data", "columns"), TASKS[recipe.task].usual)
     for key in recipe.data.model_fields_set - FILES - TASKS[recipe.task].reads:
         raise file.error(("data", key), f"data.{key} is of no use to {recipe.task}.")
+    for i, reason in enumerate(recipe.data.drop):
+        if reason not in TASKS[recipe.task].drops:
+            raise file.error(("data", "drop", i), f"data.drop: {reason} is of no use to {recipe.task}.")
     _check_methods(file, recipe)
     recipe.training = _training(file, recipe.training, TASKS[recipe.task].generates)
     if (path.absolute().parent / recipe.model).is_dir():

@@ -66,7 +66,13 @@ def train(
     started = time.perf_counter()
     arguments = _arguments(recipe)
     transformers.set_seed(recipe.seed)
-    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
+    noted: list[str] = []
+
+    def note(line: Any) -> None:
+        noted.append(str(line))
+        say(line)
+
+    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note)
     recipe = _resolved(recipe, task)
     last = _unfinished(recipe, resume, overwrite)
     for i in range(min(2, len(rows["train"]))):
@@ -122,7 +128,7 @@ def train(
     metrics["peak_memory_bytes"] = _peak_memory()
     (recipe.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     written = (recipe.output / RECIPE).read_text(encoding="utf-8")
-    record.write(recipe.output, recipe.output.name, written, metrics, config)
+    record.write(recipe.output, recipe.output.name, written, metrics, config, noted)
     shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
     return Result(recipe.output, metrics)
 

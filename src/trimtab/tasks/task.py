@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, 
 
 from ..adapter import TaskType
 from ..errors import CheckpointError
-from . import columns, models
+from . import cleaning, columns, models
 from .columns import Cells, Say
 from .models import Quantization
 
@@ -35,7 +35,7 @@ class Data(BaseModel):
     -> its name in the files; guessed where not given.
 
     The rest are of use to some tasks only (`Task.reads`). max_length: tokens; longer rows are cut. prefix: goes before
-    each text that is read.
+    each text that is read. drop: which rows are not trained on, beside those with empty cells (cleaning.py).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,6 +46,7 @@ class Data(BaseModel):
     columns: dict[str, str] = {}
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
     prefix: str | None = None
+    drop: list[cleaning.Reason] = []
 
 
 FILES = frozenset({"train", "validation", "test", "columns"})  # the keys of data that are of use to all tasks
@@ -61,7 +62,9 @@ class Task(ABC):
 
     usual: ClassVar[dict[str, tuple[str, ...]]]  # the task's columns, and how they are usually called, best first
     optional: ClassVar[frozenset[str]] = frozenset()
+    answer: ClassVar[str]  # the column that is learned from the others
     reads: ClassVar[frozenset[str]] = frozenset()  # the keys of data beside FILES that are of use to it
+    drops: ClassVar[frozenset[cleaning.Reason]] = frozenset()  # what of data.drop is
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
@@ -89,9 +92,20 @@ class Task(ABC):
             split: columns.clean(paths[split], found, names, cls.cell, cls.needed(names), split, say)
             for split, found in raw.items()
         }
+        train = cells.pop("train")
+        if "duplicate" in data.drop:
+            train = cleaning.without(train, cleaning.duplicate(train), "duplicate", say)
+        if "conflicting" in data.drop:
+            train = cleaning.without(train, cleaning.conflicting(train, cls.answer), "conflicting", say)
         if isinstance(data.validation, float):
-            cells["train"], cells["validation"] = cls.split(cells["train"], data.validation, seed)
-        task = cls.fitted(cells, names, data, model)
+            train, cells["validation"] = cls.split(train, data.validation, seed)
+        leaked = cleaning.leaked(train, cells, cls.answer, say)
+        if "leaked" in data.drop:
+            train = cleaning.without(train, leaked, "leaked", say)
+        task = cls.fitted({"train": train, **cells}, names, data, model)
+        if "too_long" in data.drop:
+            train = cleaning.without(train, task.too_long(train), "too_long", say)
+        cells = {"train": train, **cells}
         return task, {split: task.encode(found, split, say) for split, found in cells.items()}
 
     @classmethod
@@ -148,6 +162,10 @@ class Task(ABC):
     @abstractmethod
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         """Rows as the model reads them, a `datasets.Dataset`."""
+
+    def too_long(self, cells: Cells) -> set[int]:
+        """The rows of which `encode` would cut something off."""
+        raise NotImplementedError
 
     def head(self) -> dict[str, Any]:
         """What the model's config is told of the task."""
