@@ -47,7 +47,8 @@ LEAK = "validation: the inputs of 1 of 3 rows are also trained on, such as 'the 
     ("drop", "without", "said"),
     [
         ([], [], []),
-        (["duplicate"], [2], ["train: 1 of 7 rows dropped that are there before, such as 'the film was good / praise'"]),
+        (["duplicate"], [2], ["train: 1 of 7 rows dropped that are there before, such as "
+                              "'the film was good / praise'"]),
         (["conflicting"], [3, 4], ["train: 2 of 7 rows dropped whose inputs are there with another answer, such as "
                                    "'the meal was fine / praise'"]),
         (["leaked"], [5], ["train: 1 of 7 rows dropped whose inputs are also held out, such as "

@@ -31,8 +31,10 @@ from .methods import METHODS
 from .methods.union import UnionConfig
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
+from .tasks.augmentation import Augment
 from .tasks.models import Quantization
-from .tasks.task import FILES, RecipePath
+from .tasks.paths import RecipePath
+from .tasks.task import FILES
 
 SHORT = {
     "epochs": "num_train_epochs",
@@ -122,6 +124,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     file.check_keys(("data",), Data.model_fields)
     file.check_keys(("training",), None)
     file.check_keys(("data", "columns"), None)
+    file.check_keys(("data", "augment"), Augment.model_fields)
     try:
         recipe = Recipe.model_validate(file.value(), context={"folder": path.absolute().parent})
     except ValidationError as error:
@@ -130,7 +133,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     file.check_keys(("data", "columns"), TASKS[recipe.task].usual)
     for key in recipe.data.model_fields_set - FILES - TASKS[recipe.task].reads:
         raise file.error(("data", key), f"data.{key} is of no use to {recipe.task}.")
-    for i, reason in enumerate(recipe.data.drop):
+    for i, reason in enumerate(recipe.data.drop or ()):
         if reason not in TASKS[recipe.task].drops:
             raise file.error(("data", "drop", i), f"data.drop: {reason} is of no use to {recipe.task}.")
     _check_methods(file, recipe)

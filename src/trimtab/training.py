@@ -6,7 +6,7 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .recipe import LORAPLUS, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
+from .tasks.augmentation import Augmenter
 from .tasks.columns import Say
 from .tasks.task import Piece
 from .trainer import RunTrainer, Trainer, last_checkpoint
@@ -49,6 +50,7 @@ def train(
     callbacks: Iterable[transformers.TrainerCallback] = (),
     resume: bool = False,
     overwrite: bool = False,
+    augmenters: Sequence[Augmenter] = (),
 ) -> Result:
     """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
 
@@ -58,6 +60,8 @@ def train(
         resume: go on from the last checkpoint of a run of the same recipe that did not finish. On the CPU the result
             is that of a run without a break, bit for bit.
         overwrite: throw such a run away, which otherwise is refused.
+        augmenters: each gives one more version of every training text, such as a translation there and back. They are
+            called again when a run is gone on with, and must give the same then.
     Raises:
         DataError, ConfigError, TargetError: before training starts. TrainingError: a loss or gradient that cannot be
         right, weights that do not change, or too little memory. CheckpointError: the saved adapter does not predict
@@ -72,8 +76,8 @@ def train(
         noted.append(str(line))
         say(line)
 
-    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note)
-    recipe = _resolved(recipe, task)
+    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note, augmenters)
+    recipe = _resolved(recipe, task, augmenters)
     last = _unfinished(recipe, resume, overwrite)
     for i in range(min(2, len(rows["train"]))):
         say(_example(f"Example {i + 1}, what is learned in brackets: ", task.show(rows["train"][i])))
@@ -133,11 +137,15 @@ def train(
     return Result(recipe.output, metrics)
 
 
-def _resolved(recipe: Recipe, task: Task) -> Recipe:
+def _resolved(recipe: Recipe, task: Task, augmenters: Sequence[Augmenter]) -> Recipe:
     """The recipe with all that was guessed or left to defaults, and what it is made with."""
     data = recipe.data
     given = {"train": data.train, "validation": data.validation, "test": data.test}
+    if data.augment:
+        given["synonyms"] = data.augment.synonyms
     made = record.made_with(recipe.model, {split: path for split, path in given.items() if isinstance(path, Path)})
+    if augmenters:
+        made["augmenters"] = ", ".join(getattr(one, "__name__", type(one).__name__) for one in augmenters)
     filled = {"data": data.model_copy(update={"columns": task.names}), "training": _settings(recipe)}
     return recipe.model_copy(update={**filled, "made_with": made})
 

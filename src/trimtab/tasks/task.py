@@ -8,24 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
 from ..adapter import TaskType
-from ..errors import CheckpointError
-from . import cleaning, columns, models
+from ..errors import CheckpointError, ConfigError
+from . import augmentation, cleaning, columns, models
+from .augmentation import Augmenter
 from .columns import Cells, Say
 from .models import Quantization
+from .paths import RecipePath
 
 SAVED = "task.json"
 Piece = tuple[str, bool]
-
-
-def _from_recipe(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return (folder / path.expanduser()).absolute()
-
-
-RecipePath = Annotated[Path, AfterValidator(_from_recipe)]  # absolute, or relative to the recipe's folder
 
 
 class Data(BaseModel):
@@ -36,6 +30,7 @@ class Data(BaseModel):
 
     The rest are of use to some tasks only (`Task.reads`). max_length: tokens; longer rows are cut. prefix: goes before
     each text that is read. drop: which rows are not trained on, beside those with empty cells (cleaning.py).
+    augment: copies of training rows with other words (augmentation.py).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,7 +41,8 @@ class Data(BaseModel):
     columns: dict[str, str] = {}
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
     prefix: str | None = None
-    drop: list[cleaning.Reason] = []
+    drop: list[cleaning.Reason] | None = None
+    augment: augmentation.Augment | None = None
 
 
 FILES = frozenset({"train", "validation", "test", "columns"})  # the keys of data that are of use to all tasks
@@ -65,6 +61,7 @@ class Task(ABC):
     answer: ClassVar[str]  # the column that is learned from the others
     reads: ClassVar[frozenset[str]] = frozenset()  # the keys of data beside FILES that are of use to it
     drops: ClassVar[frozenset[cleaning.Reason]] = frozenset()  # what of data.drop is
+    augmented: ClassVar[tuple[str, ...]] = ()  # columns with texts whose words may change under the same answer
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
@@ -76,13 +73,24 @@ class Task(ABC):
     reader: Any
 
     @classmethod
-    def from_data(cls, data: Data, model: str, seed: int, say: Say) -> tuple[Self, dict[str, Any]]:
+    def from_data(
+        cls, data: Data, model: str, seed: int, say: Say, augmenters: Sequence[Augmenter] = ()
+    ) -> tuple[Self, dict[str, Any]]:
         """The task as these files define it, and its rows as the model reads them: a `datasets.Dataset` each for
         "train", "validation" and, where given, "test".
 
+        Args:
+            augmenters: beside those of data.augment.
         Raises:
             DataError: files that cannot be read, or hold nothing to learn from.
         """
+        if data.augment:
+            augmenters = [*augmentation.augmenters(data.augment, seed), *augmenters]
+        if augmenters and not cls.augmented:
+            raise ConfigError(
+                f"{cls.__name__} has no texts whose words may change under the same answer: no augmenter."
+            )
+        drop = data.drop or ()
         paths = {"train": data.train, "validation": data.validation, "test": data.test}
         raw = {split: cls.read(path, split, say) for split, path in paths.items() if isinstance(path, Path)}
         names = cls.chosen(columns.complete(raw["train"], data, cls.usual, cls.optional), data)
@@ -93,18 +101,20 @@ class Task(ABC):
             for split, found in raw.items()
         }
         train = cells.pop("train")
-        if "duplicate" in data.drop:
+        if "duplicate" in drop:
             train = cleaning.without(train, cleaning.duplicate(train), "duplicate", say)
-        if "conflicting" in data.drop:
+        if "conflicting" in drop:
             train = cleaning.without(train, cleaning.conflicting(train, cls.answer), "conflicting", say)
         if isinstance(data.validation, float):
             train, cells["validation"] = cls.split(train, data.validation, seed)
         leaked = cleaning.leaked(train, cells, cls.answer, say)
-        if "leaked" in data.drop:
+        if "leaked" in drop:
             train = cleaning.without(train, leaked, "leaked", say)
         task = cls.fitted({"train": train, **cells}, names, data, model)
-        if "too_long" in data.drop:
+        if "too_long" in drop:
             train = cleaning.without(train, task.too_long(train), "too_long", say)
+        if augmenters:
+            train = augmentation.augmented(train, cls.augmented, augmenters, say)
         cells = {"train": train, **cells}
         return task, {split: task.encode(found, split, say) for split, found in cells.items()}
 

@@ -24,6 +24,8 @@ class TextClassification(TextTask):
     }
     optional: ClassVar[frozenset[str]] = frozenset({"text_pair"})
     answer: ClassVar[str] = "label"
+    reads: ClassVar[frozenset[str]] = TextTask.reads | {"augment"}
+    augmented: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     drops: ClassVar[frozenset[Reason]] = TextTask.drops | {"conflicting"}
     task_type: ClassVar[TaskType] = TaskType.SEQ_CLS
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
