@@ -16,7 +16,7 @@ line: nothing in a recipe is ignored.
 
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from .adapter import PeftConfig
 from .errors import ConfigError, RecipeError
 from .methods import METHODS
+from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
@@ -96,10 +97,15 @@ class Recipe(BaseModel):
     def seed(self) -> int:
         return int(self.training.get("seed", 0))
 
-    def config(self, **more: Any) -> PeftConfig:
-        """The method's config, with settings that the recipe does not have. Raises: ConfigError."""
-        if isinstance(self.method, list):
-            return UnionConfig(methods=[_made(method) for method in self.method], **more)
+    def config(self, tokens: Sequence[int] = (), **more: Any) -> PeftConfig:
+        """The method's config, with settings that the recipe does not have; beside tokens that are trained, a union.
+
+        Raises:
+            ConfigError: settings that do not go together.
+        """
+        beside = [TrainableTokensConfig(token_indices=list(tokens))] if tokens else []
+        if isinstance(self.method, list) or beside:
+            return UnionConfig(methods=[*map(_made, self.methods), *beside], **more)
         return _made({**self.method, **more})
 
     def write(self, path: Path) -> None:

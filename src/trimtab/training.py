@@ -271,7 +271,8 @@ def adapted(recipe: Recipe, task: Task) -> Any:
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     named = [name for method in recipe.methods for name in method.get("modules_to_save", ())]
-    config = recipe.config(task_type=task.task_type, modules_to_save=list(dict.fromkeys([*named, *fresh])) or None)
+    whole = list(dict.fromkeys([*named, *fresh])) or None
+    config = recipe.config(task.tokens(), task_type=task.task_type, modules_to_save=whole)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PartialTargetWarning)
         try:

@@ -36,7 +36,7 @@ class Data(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     train: RecipePath
-    validation: Annotated[StrictFloat, Field(gt=0, lt=1)] | RecipePath = 0.1
+    validation: Annotated[StrictFloat, Field(gt=0, le=1)] | RecipePath = 0.1
     test: RecipePath | None = None
     columns: dict[str, str] = {}
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -188,6 +188,10 @@ class Task(ABC):
             ConfigError: no such model, or one that does not fit the task.
         """
         return models.load(self.auto, model, quantization, self.head(), getattr(self.reader, "pad_token_id", None))
+
+    def tokens(self) -> list[int]:
+        """Ids of tokens whose embeddings are trained, beside what the method trains."""
+        return []
 
     @abstractmethod
     def show(self, row: dict[str, Any]) -> list[Piece]:
