@@ -61,7 +61,7 @@ def test_chat_remembers_what_was_said_until_it_is_too_long(
         seen.append([dict(message) for message in messages])
         return "yes"
 
-    monkeypatch.setattr(type(loaded.task), "answer", lambda _, *given, **settings: answer(*given, **settings))
+    monkeypatch.setattr(type(loaded.task), "reply", lambda _, *given, **settings: answer(*given, **settings))
     long = "good " * 24
     say(monkeypatch, "good", "bad", long, long)
     assert trimtab("chat", talker, "--system", "film") == 0

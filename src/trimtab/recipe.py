@@ -16,7 +16,7 @@ line: nothing in a recipe is ignored.
 
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -28,12 +28,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from .adapter import PeftConfig
 from .errors import ConfigError, RecipeError
 from .methods import METHODS
+from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
+from .tasks.augmentation import Augment
 from .tasks.columns import Say
 from .tasks.models import Quantization
-from .tasks.task import FILES, RecipePath
+from .tasks.paths import RecipePath
+from .tasks.task import FILES
 
 SHORT = {
     "epochs": "num_train_epochs",
@@ -100,10 +103,15 @@ class Recipe(BaseModel):
     def seed(self) -> int:
         return int(self.training.get("seed", 0))
 
-    def config(self, **more: Any) -> PeftConfig:
-        """The method's config, with settings that the recipe does not have. Raises: ConfigError."""
-        if isinstance(self.method, list):
-            return UnionConfig(methods=[_made(method) for method in self.method], **more)
+    def config(self, tokens: Sequence[int] = (), **more: Any) -> PeftConfig:
+        """The method's config, with settings that the recipe does not have; beside tokens that are trained, a union.
+
+        Raises:
+            ConfigError: settings that do not go together.
+        """
+        beside = [TrainableTokensConfig(token_indices=list(tokens))] if tokens else []
+        if isinstance(self.method, list) or beside:
+            return UnionConfig(methods=[*map(_made, self.methods), *beside], **more)
         return _made({**self.method, **more})
 
     def write(self, path: Path) -> None:
@@ -131,6 +139,7 @@ def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, t
     file.check_keys(("data",), Data.model_fields)
     file.check_keys(("training",), None)
     file.check_keys(("data", "columns"), None)
+    file.check_keys(("data", "augment"), Augment.model_fields)
     try:
         recipe = Recipe.model_validate(file.value(), context={"folder": path.absolute().parent})
     except ValidationError as error:
@@ -148,6 +157,9 @@ def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, t
     file.check_keys(("data", "columns"), TASKS[recipe.task].usual)
     for key in recipe.data.model_fields_set - FILES - TASKS[recipe.task].reads:
         raise file.error(("data", key), f"data.{key} is of no use to {recipe.task}.")
+    for i, reason in enumerate(recipe.data.drop or ()):
+        if reason not in TASKS[recipe.task].drops:
+            raise file.error(("data", "drop", i), f"data.drop: {reason} is of no use to {recipe.task}.")
     _check_methods(file, recipe)
     recipe.training = _training(file, recipe.training, TASKS[recipe.task].generates)
     return recipe

@@ -18,7 +18,7 @@ def summary(metrics: dict[str, Any]) -> Table:
     guessed = metrics["majority"][split]
     for name in [name for name in metrics[split] if name != "loss"]:
         if name in guessed:
-            table.add_row(f"{name}, always the commonest class", f"{guessed[name]:.3f}")
+            table.add_row(f"{name}, without a model", f"{guessed[name]:.3f}")
         start = "untrained head" if guessed else "before training"
         table.add_row(f"{name}, {start}", f"{metrics['untrained'][split][name]:.3f}")
         table.add_row(f"{name}, tuned", f"[bold]{metrics[split][name]:.3f}[/bold]", end_section=True)

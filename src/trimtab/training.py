@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .recipe import LORAPLUS, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
+from .tasks.augmentation import Augmenter
 from .tasks.columns import Say
 from .tasks.task import Piece
 from .trainer import RunTrainer, Trainer, last_checkpoint
@@ -50,6 +51,7 @@ def train(
     callbacks: Iterable[transformers.TrainerCallback] = (),
     resume: bool = False,
     overwrite: bool = False,
+    augmenters: Sequence[Augmenter] = (),
 ) -> Result:
     """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
 
@@ -59,6 +61,8 @@ def train(
         resume: go on from the last checkpoint of a run of the same recipe that did not finish. On the CPU the result
             is that of a run without a break, bit for bit.
         overwrite: throw such a run away, which otherwise is refused.
+        augmenters: each gives one more version of every training text, such as a translation there and back. They are
+            called again when a run is gone on with, and must give the same then.
     Raises:
         DataError, ConfigError, TargetError: before training starts. TrainingError: a loss or gradient that cannot be
         right, weights that do not change, or too little memory. CheckpointError: the saved adapter does not predict
@@ -68,9 +72,15 @@ def train(
     arguments = arguments_of(recipe)
     _make_folder(recipe.output)
     transformers.set_seed(recipe.seed)
-    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
+    noted: list[str] = []
+
+    def note(line: Any) -> None:
+        noted.append(str(line))
+        say(line)
+
+    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note, augmenters)
     recipe = _resolved(recipe, task)
-    recipe.made_with = record.made_with(recipe.model, recipe.data.paths)
+    recipe.made_with = _made_with(recipe, augmenters)
     last = _unfinished(recipe, resume, overwrite)
     _show_examples(task, rows["train"], say)
     model = adapted(recipe, task)
@@ -124,7 +134,7 @@ def train(
     metrics["peak_memory_bytes"] = _peak_memory()
     (recipe.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     written = (recipe.output / RECIPE).read_text(encoding="utf-8")
-    record.write(recipe.output, recipe.output.name, written, metrics, config)
+    record.write(recipe.output, recipe.output.name, written, metrics, config, noted)
     shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
     return Result(recipe.output, metrics)
 
@@ -169,6 +179,16 @@ def _resolved(recipe: Recipe, task: Task) -> Recipe:
     """The recipe with all that was guessed or left to defaults."""
     data = recipe.data.model_copy(update={"columns": task.names})
     return recipe.model_copy(update={"data": data, "training": settings_of(recipe)})
+
+
+def _made_with(recipe: Recipe, augmenters: Sequence[Augmenter]) -> dict[str, str]:
+    files = recipe.data.paths
+    if recipe.data.augment and recipe.data.augment.synonyms:
+        files["synonyms"] = recipe.data.augment.synonyms
+    made = record.made_with(recipe.model, files)
+    if augmenters:
+        made["augmenters"] = ", ".join(getattr(one, "__name__", type(one).__name__) for one in augmenters)
+    return made
 
 
 def _unfinished(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
@@ -302,7 +322,8 @@ def adapted(recipe: Recipe, task: Task) -> Any:
 def with_adapter(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> Any:
     """The model with a new adapter and with `fresh`, modules that are new themselves, to be trained."""
     named = [name for method in recipe.methods for name in method.get("modules_to_save", ())]
-    config = recipe.config(task_type=task.task_type, modules_to_save=list(dict.fromkeys([*named, *fresh])) or None)
+    whole = list(dict.fromkeys([*named, *fresh])) or None
+    config = recipe.config(task.tokens(), task_type=task.task_type, modules_to_save=whole)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PartialTargetWarning)
         try:

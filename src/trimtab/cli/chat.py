@@ -43,7 +43,7 @@ def chat(
         while len(task.prompt(messages)) > task.max_length and len(messages) > len(start) + 1:
             del messages[len(start) : len(start) + 2]  # what was said first, and its answer
         streamer = transformers.TextStreamer(task.reader, skip_prompt=True, skip_special_tokens=True)
-        answer = task.answer(found.model, messages, streamer=streamer, max_new_tokens=max_new_tokens, **settings)
+        answer = task.reply(found.model, messages, streamer=streamer, max_new_tokens=max_new_tokens, **settings)
         messages.append({"role": "assistant", "content": answer})
 
 

@@ -89,6 +89,7 @@ class MediaClassification(MediaTask):
         "file": ("file", "file_name", "filename", "image", "img", "audio", "path", "filepath", "id"),
         "label": ("label", "labels", "class", "category", "target", "name"),
     }
+    answer: ClassVar[str] = "label"
     metric: ClassVar[str] = "accuracy"
 
     labels: list[str]

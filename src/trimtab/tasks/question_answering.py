@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns
+from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece
 from .text import WORDS, TextTask
@@ -42,6 +43,8 @@ class QuestionAnswering(TextTask):
         "context": ("context", "passage", "paragraph", "document"),
         "answers": ("answers", "answer"),
     }
+    answer: ClassVar[str] = "answers"
+    drops: ClassVar[frozenset[Reason]] = TextTask.drops - {"too_long"}  # a long context is read in windows
     task_type: ClassVar[TaskType] = TaskType.QUESTION_ANS
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"

@@ -8,24 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
 from ..adapter import TaskType
-from ..errors import CheckpointError
-from . import columns, models
+from ..errors import CheckpointError, ConfigError
+from . import augmentation, cleaning, columns, models
+from .augmentation import Augmenter
 from .columns import Cells, Say
 from .models import Quantization
+from .paths import RecipePath
 
 SAVED = "task.json"
 Piece = tuple[str, bool]
-
-
-def _from_recipe(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return (folder / path.expanduser()).absolute()
-
-
-RecipePath = Annotated[Path, AfterValidator(_from_recipe)]  # absolute, or relative to the recipe's folder
 
 
 class Data(BaseModel):
@@ -35,17 +29,20 @@ class Data(BaseModel):
     -> its name in the files; guessed where not given.
 
     The rest are of use to some tasks only (`Task.reads`). max_length: tokens; longer rows are cut. prefix: goes before
-    each text that is read.
+    each text that is read. drop: which rows are not trained on, beside those with empty cells (cleaning.py).
+    augment: copies of training rows with other words (augmentation.py).
     """
 
     model_config = ConfigDict(extra="forbid")
 
     train: RecipePath
-    validation: Annotated[StrictFloat, Field(gt=0, lt=1)] | RecipePath = 0.1
+    validation: Annotated[StrictFloat, Field(gt=0, le=1)] | RecipePath = 0.1
     test: RecipePath | None = None
     columns: dict[str, str] = {}
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
     prefix: str | None = None
+    drop: list[cleaning.Reason] | None = None
+    augment: augmentation.Augment | None = None
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -67,7 +64,10 @@ class Task(ABC):
 
     usual: ClassVar[dict[str, tuple[str, ...]]]  # the task's columns, and how they are usually called, best first
     optional: ClassVar[frozenset[str]] = frozenset()
+    answer: ClassVar[str]  # the column that is learned from the others
     reads: ClassVar[frozenset[str]] = frozenset()  # the keys of data beside FILES that are of use to it
+    drops: ClassVar[frozenset[cleaning.Reason]] = frozenset()  # what of data.drop is
+    augmented: ClassVar[tuple[str, ...]] = ()  # columns with texts whose words may change under the same answer
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
@@ -79,13 +79,24 @@ class Task(ABC):
     reader: Any
 
     @classmethod
-    def from_data(cls, data: Data, model: str, seed: int, say: Say) -> tuple[Self, dict[str, Any]]:
+    def from_data(
+        cls, data: Data, model: str, seed: int, say: Say, augmenters: Sequence[Augmenter] = ()
+    ) -> tuple[Self, dict[str, Any]]:
         """The task as these files define it, and its rows as the model reads them: a `datasets.Dataset` each for
         "train", "validation" and, where given, "test".
 
+        Args:
+            augmenters: beside those of data.augment.
         Raises:
             DataError: files that cannot be read, or hold nothing to learn from.
         """
+        if data.augment:
+            augmenters = [*augmentation.augmenters(data.augment, seed), *augmenters]
+        if augmenters and not cls.augmented:
+            raise ConfigError(
+                f"{cls.__name__} has no texts whose words may change under the same answer: no augmenter."
+            )
+        drop = data.drop or ()
         raw = {split: cls.read(path, split, say) for split, path in data.paths.items()}
         names = cls.named(raw["train"], data)
         if guessed := [f"{column} is the {name}" for name, column in names.items() if name not in data.columns]:
@@ -94,9 +105,22 @@ class Task(ABC):
             split: columns.clean(data.paths[split], found, names, cls.cell, cls.needed(names), split, say)
             for split, found in raw.items()
         }
+        train = cells.pop("train")
+        if "duplicate" in drop:
+            train = cleaning.without(train, cleaning.duplicate(train), "duplicate", say)
+        if "conflicting" in drop:
+            train = cleaning.without(train, cleaning.conflicting(train, cls.answer), "conflicting", say)
         if isinstance(data.validation, float):
-            cells["train"], cells["validation"] = cls.split(cells["train"], data.validation, seed)
-        task = cls.fitted(cells, names, data, model)
+            train, cells["validation"] = cls.split(train, data.validation, seed)
+        leaked = cleaning.leaked(train, cells, cls.answer, say)
+        if "leaked" in drop:
+            train = cleaning.without(train, leaked, "leaked", say)
+        task = cls.fitted({"train": train, **cells}, names, data, model)
+        if "too_long" in drop:
+            train = cleaning.without(train, task.too_long(train), "too_long", say)
+        if augmenters:
+            train = augmentation.augmented(train, cls.augmented, augmenters, say)
+        cells = {"train": train, **cells}
         return task, {split: task.encode(found, split, say) for split, found in cells.items()}
 
     def rows(self, path: Path, say: Say) -> Any:
@@ -170,6 +194,10 @@ class Task(ABC):
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         """Rows as the model reads them, a `datasets.Dataset`."""
 
+    def too_long(self, cells: Cells) -> set[int]:
+        """The rows of which `encode` would cut something off."""
+        raise NotImplementedError
+
     def head(self) -> dict[str, Any]:
         """What the model's config is told of the task."""
         return {}
@@ -185,6 +213,10 @@ class Task(ABC):
     def outline(self, model: str) -> Any:
         """That model on the meta device: no weights are loaded. Raises: ConfigError."""
         return models.outline(self.auto, model, self.head())
+
+    def tokens(self) -> list[int]:
+        """Ids of tokens whose embeddings are trained, beside what the method trains."""
+        return []
 
     @abstractmethod
     def show(self, row: dict[str, Any]) -> list[Piece]:

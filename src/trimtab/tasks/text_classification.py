@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 from ..adapter import TaskType
 from ..errors import DataError
+from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece
 from .text import WORDS, TextTask
@@ -22,6 +23,10 @@ class TextClassification(TextTask):
         "label": ("label", "labels", "class", "category", "sentiment", "polarity", "target", "intent", "topic"),
     }
     optional: ClassVar[frozenset[str]] = frozenset({"text_pair"})
+    answer: ClassVar[str] = "label"
+    reads: ClassVar[frozenset[str]] = TextTask.reads | {"augment"}
+    augmented: ClassVar[tuple[str, ...]] = ("text", "text_pair")
+    drops: ClassVar[frozenset[Reason]] = TextTask.drops | {"conflicting"}
     task_type: ClassVar[TaskType] = TaskType.SEQ_CLS
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[str] = "accuracy"
@@ -37,6 +42,9 @@ class TextClassification(TextTask):
         labels = classes(cells["train"]["label"], data)
         tokenizer = cls.load_reader(model)
         return cls(names, tokenizer, cls.limit(data, model, tokenizer), labels)
+
+    def too_long(self, cells: Cells) -> set[int]:
+        return self.longer(cells["text"], cells.get("text_pair"))
 
     def head(self) -> dict[str, Any]:
         return classifier(self.labels)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from ..adapter import TaskType
 from ..errors import DataError
 from . import columns, rows
+from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece
 from .text import WORDS, TextTask
@@ -24,6 +25,8 @@ class TokenClassification(TextTask):
         "tokens": ("tokens", "words", "sentence", "text"),
         "tags": ("tags", "ner_tags", "labels", "pos_tags", "chunk_tags", "label"),
     }
+    answer: ClassVar[str] = "tags"
+    drops: ClassVar[frozenset[Reason]] = TextTask.drops | {"conflicting"}
     task_type: ClassVar[TaskType] = TaskType.TOKEN_CLS
     auto: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[str] = "f1"
@@ -51,6 +54,9 @@ class TokenClassification(TextTask):
             raise DataError(f"{data.train} has one tag only, {known.pop()!r}: there is nothing to tell apart.")
         tokenizer = cls.load_reader(model)
         return cls(names, tokenizer, cls.limit(data, model, tokenizer), sorted(known))
+
+    def too_long(self, cells: Cells) -> set[int]:
+        return self.longer(cells["tokens"], is_split_into_words=True)
 
     def head(self) -> dict[str, Any]:
         return classifier(self.labels)
