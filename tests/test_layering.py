@@ -30,7 +30,7 @@ LAYERS = [
     {"model", "kbit", "catalog"},
     {"auto"},
     {"tasks"},
-    {"recipe", "outline"},
+    {"recipe", "outline", "objective"},
     {"run", "trainer", "record"},
     {"training"},
     {"report", "progress"},

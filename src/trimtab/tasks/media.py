@@ -24,6 +24,7 @@ class MediaTask(Task):
 
     endings: ClassVar[frozenset[str]]
     task_type: ClassVar[TaskType | None] = None  # HF PEFT's task types are of models that read tokens
+    useless: ClassVar[frozenset[str]] = frozenset({"neftune_noise_alpha"})  # noise on the embeddings of tokens
 
     @abstractmethod
     def decoded(self, file: Media) -> Any:

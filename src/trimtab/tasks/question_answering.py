@@ -45,6 +45,7 @@ class QuestionAnswering(TextTask):
     task_type: ClassVar[TaskType] = TaskType.QUESTION_ANS
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
+    useless: ClassVar[frozenset[str]] = frozenset({"label_smoothing_factor"})  # of a start and an end, no one label
 
     unanswerable: bool
 
