@@ -88,6 +88,7 @@ def test_a_recipe_means_what_it_says(good: Path) -> None:
         ("train: train.csv", "train: train.csv\n  validation: 1.5", "recipe.yaml:5: data.validation: Input should be "),
         ("train: train.csv", "train: train.csv\n  max_length: 0", "recipe.yaml:5: data.max_length: Input should be "),
         ("epochs: 3", "early_stopping_threshold: 0.1", "recipe.yaml:9: training.early_stopping_threshold is of no us"),
+        ("epochs: 3", "class_weights: {a: 0}", "recipe.yaml:9: training.class_weights: Input should be greater th"),
         ("epochs: 3", "early_stopping_patience: 0", "recipe.yaml:9: training.early_stopping_patience: Input should b"),
         ("epochs: 3", "lr_scheduler_type: constant\n  warmup_ratio: 0.1", "recipe.yaml:10: training.warmup_ratio is o"),
         ("epochs: 3", "lr_scheduler_type: greedy\n  warmup_steps: 3", "recipe.yaml:10: training.warmup_steps is of no"),
@@ -122,6 +123,10 @@ def test_what_is_wrong_is_said_with_its_line(good: Path, old: str, new: str, mes
     ("task", "key"),
     [
         ("question-answering", "label_smoothing_factor: 0.1"),
+        ("question-answering", "class_weights: balanced"),
+        ("text-generation", "class_weights: balanced"),
+        ("text2text-generation", "class_weights: balanced"),
+        ("automatic-speech-recognition", "class_weights: balanced"),
         ("image-classification", "neftune_noise_alpha: 5"),
         ("audio-classification", "neftune_noise_alpha: 5"),
         ("automatic-speech-recognition", "neftune_noise_alpha: 5"),

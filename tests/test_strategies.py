@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,7 +16,7 @@ from torch import Tensor
 from trimtab import AdaLoraConfig, LoraConfig, PromptTuningConfig, files, get_peft_model
 from trimtab import recipe as recipes
 from trimtab.errors import ConfigError
-from trimtab.objective import Objective
+from trimtab.objective import Objective, class_weights
 from trimtab.trainer import RunTrainer
 from trimtab.training import Result, _arguments, train
 
@@ -283,3 +284,48 @@ def test_a_method_with_a_loss_of_its_own_is_not_smoothed(tmp_path: Path, llama: 
     )
     with pytest.raises(ConfigError, match="CPTConfig makes a loss of its own"):
         train(recipes.read(path), silent)
+
+
+# Weights of classes
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_weighted_classes_are_pytorch_s(batches: Any, tmp_path: Path, task: str, smoothing: float) -> None:
+    """Of two batches of unequal weight the loss is that of both as one, and in evaluation the plain one of each."""
+    model, batch = batches[task]
+    made: Any = get_peft_model(model, CONFIGS["lora"])
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    settings = transformers.Seq2SeqTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = RunTrainer(tmp_path, lambda *_: {}, Objective(smoothing, weights), model=made, args=settings)
+    parts = [{name: value[at] for name, value in batch.items()} for at in (slice(0, 1), slice(1, 3))]
+    items = trainer._get_num_items_in_batch(parts, torch.device("cpu"))
+    logits = made.eval()(batch["input_ids"]).logits.flatten(0, -2)
+    expected = torch.nn.CrossEntropyLoss(weights, label_smoothing=smoothing)(logits, batch["labels"].flatten())
+    plain = made(**parts[1]).loss
+    torch.testing.assert_close(trainer.compute_loss(made, dict(parts[1]), num_items_in_batch=items), plain)
+    for module in made.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = sum(trainer.compute_loss(made.train(), dict(part), num_items_in_batch=items) for part in parts)
+    torch.testing.assert_close(found, expected)
+
+
+def test_balanced_weights_are_scikit_learn_s() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = [0, 2, 2, 1, 2, 2, 0]
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=np.array(labels))
+    for found in (labels, [[0, 2, -100], [2, 1, 2], [-100, 2, 0]]):
+        np.testing.assert_allclose(class_weights("balanced", ["a", "b", "c"], found), expected, rtol=1e-6)
+    assert class_weights({"c": 3}, ["a", "b", "c"], labels).tolist() == [1, 1, 3]
+
+
+def test_a_run_with_weighted_classes(recipe: Path, still: str) -> None:
+    settings = [still, "training.class_weights={praise: 3, blame: 0.5}", "training.optim=sgd"]
+    settings += ["training.max_grad_norm=1e9", "training.learning_rate=0.1"]
+    result = train(changed(recipe, *settings), silent)
+    parts = ["training.batch_size=2", "training.gradient_accumulation_steps=3", "output=parts"]
+    close(saved(result), saved(train(changed(recipe, *settings, *parts), silent)))
+    with pytest.raises(ConfigError, match=r"class_weights: there is no label 'prase'\. Did you mean 'praise'"):
+        train(changed(recipe, "training.class_weights={prase: 3}"), silent)

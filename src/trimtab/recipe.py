@@ -12,6 +12,7 @@ Relative paths are relative to the recipe. The keys of `method` are those of the
 `training` are `transformers.TrainingArguments`' own (`Seq2SeqTrainingArguments`' for tasks that generate), the short
 names in `SHORT`, and these:
 
+    class_weights: balanced           or {label: weight}; for tasks that tell classes apart (objective.py)
     early_stopping_patience: 2        stop after so many evaluations without a better score (`metric_for_best_model`);
     early_stopping_threshold: 0.01    better is by more than this; 0 without
     loraplus_lr_ratio: 16             LoRA's B learns so many times faster (optimizers.py)
@@ -25,7 +26,7 @@ from collections.abc import Iterable
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
@@ -60,6 +61,7 @@ NOT_OFFERED = frozenset(
 
 # The settings of `training` that are not TrainingArguments', with their types and limits.
 OWN: dict[str, Any] = {
+    "class_weights": (Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]], None),
     "early_stopping_patience": (int, Field(None, ge=1)),
     "early_stopping_threshold": (float, Field(None, ge=0)),
     "loraplus_lr_ratio": (float, Field(None, gt=0)),
@@ -207,7 +209,7 @@ def _training(file: RecipeFile, given: dict[str, Any], generates: bool) -> dict[
     try:
         checked = known.model_validate({long: given[key] for long, key in written.items()})
     except ValidationError as error:
-        found = error.errors()[0]
+        found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a choice the one that was meant
         at = ("training", written[str(found["loc"][0])])
         raise file.error(at, f"{file.name(at)}: {found['msg']}.") from None
     if not 0 <= (ratio := given.get("warmup_ratio", 0)) < 1:

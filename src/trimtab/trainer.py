@@ -84,18 +84,28 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         own: Any = self.model
         if self.args.predict_with_generate:  # type: ignore[attr-defined]
             inputs = {**inputs, "decoder_input_ids": _decoder_inputs(own, inputs["labels"])}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        items = num_items_in_batch if own.training else None
+        loss, outputs = super().compute_loss(model, inputs, True, items)
         if own.training and (penalty := own.penalty()) is not None:
             loss = loss + penalty / getattr(self, "current_gradient_accumulation_steps", 1)  # once a step
         return (loss, outputs) if return_outputs else loss
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        assert self.objective is not None
-        logits, training = outputs["logits"], self.model.training  # type: ignore[union-attr]
+        model: Any = self.model
+        objective = self.objective if self.objective and model.training else Objective()
+        logits = outputs["logits"]
         if self._loss_shifts_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        items = self.objective.count(labels) if num_items_in_batch is None else num_items_in_batch
-        return self.objective.loss(logits, labels, items, training)
+        items = objective.count(labels).to(logits.device) if num_items_in_batch is None else num_items_in_batch
+        return objective.loss(logits, labels, items)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The weights of all labels, where classes have weights, in place of their number."""
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if self.objective is None or self.objective.weights is None:
+            return items
+        own = torch.stack([self.objective.count(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(own).sum() if self.args.average_tokens_across_devices else own
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.batch = dict(inputs)

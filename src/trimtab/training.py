@@ -21,7 +21,7 @@ from . import files, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
-from .objective import Objective
+from .objective import Objective, class_weights
 from .optimizers import create_loraplus_optimizer
 from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
@@ -33,6 +33,7 @@ from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
+CHANGES_LOSS = ("label_smoothing_factor", "class_weights")  # the keys of training that objective.py is about
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
 
@@ -76,7 +77,7 @@ def train(
     trainer = RunTrainer(
         recipe.output,
         task.metrics,
-        _objective(recipe, model),
+        _objective(recipe, model, task, rows["train"]),
         model=model,
         args=arguments,
         train_dataset=rows["train"],
@@ -286,16 +287,19 @@ def _optimizer(recipe: Recipe, arguments: transformers.TrainingArguments, model:
     )
 
 
-def _objective(recipe: Recipe, model: Any) -> Objective | None:
+def _objective(recipe: Recipe, model: Any, task: Any, rows: Any) -> Objective | None:
     """What is minimized, where the recipe asks for more than the model's own loss. Raises: ConfigError."""
-    smoothing = recipe.training.get("label_smoothing_factor", 0.0)
-    if not smoothing:
+    asked = {name: recipe.training[name] for name in CHANGES_LOSS if recipe.training.get(name)}
+    if not asked:
         return None
     config = model.peft_config["default"]
     if config.makes_loss:
-        raise ConfigError(f"training.label_smoothing_factor: {type(config).__name__} makes a loss of its own. "
+        raise ConfigError(f"training.{next(iter(asked))}: {type(config).__name__} makes a loss of its own. "
                           "Leave out the one or the other.")  # fmt: skip
-    return Objective(smoothing)
+    weights = asked.get("class_weights")
+    return Objective(
+        asked.get("label_smoothing_factor", 0.0), weights and class_weights(weights, task.labels, rows["labels"])
+    )
 
 
 def _stopping(recipe: Recipe) -> list[transformers.TrainerCallback]:

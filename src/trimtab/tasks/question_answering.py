@@ -20,7 +20,7 @@ from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns
 from .columns import Cells, Say
-from .task import Data, Piece
+from .task import Data, Piece, Task
 from .text import WORDS, TextTask
 
 ANSWER = 30  # tokens of the longest answer that is looked for
@@ -45,7 +45,7 @@ class QuestionAnswering(TextTask):
     task_type: ClassVar[TaskType] = TaskType.QUESTION_ANS
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
-    useless: ClassVar[frozenset[str]] = frozenset({"label_smoothing_factor"})  # of a start and an end, no one label
+    useless: ClassVar[frozenset[str]] = Task.useless | {"label_smoothing_factor"}  # its labels are a start and an end
 
     unanswerable: bool
 

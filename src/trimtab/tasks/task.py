@@ -62,7 +62,7 @@ class Task(ABC):
     usual: ClassVar[dict[str, tuple[str, ...]]]  # the task's columns, and how they are usually called, best first
     optional: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()  # the keys of data beside FILES that are of use to it
-    useless: ClassVar[frozenset[str]] = frozenset()  # the keys of training that are of no use to it
+    useless: ClassVar[frozenset[str]] = frozenset({"class_weights"})  # the keys of training that are of no use to it
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
