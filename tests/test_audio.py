@@ -217,3 +217,17 @@ def test_a_run_learns_to_write(tmp_path: Path, whisper: Path) -> None:
     found = run.load(result.folder)
     (tmp_path / "tone.wav").write_bytes(recording(3100))
     assert found.task.predict(found.model, [str(tmp_path / "tone.wav")]) == [{"text": "high"}]
+
+
+def test_smoothed_labels_have_the_same_decoder_inputs(tmp_path: Path, whisper: Path) -> None:
+    """As the model makes them of labels: the logits are the same."""
+    from trimtab.trainer import _decoder_inputs
+
+    path = dataset(tmp_path, 4)
+    task, rows = SpeechRecognition.from_data(Data(train=path, validation=path), str(whisper), 0, lambda _: None)
+    model, _ = task.load_model(str(whisper), "none")
+    batch = task.collate([rows["train"][i] for i in range(4)])
+    batch["labels"][0, -1] = -100
+    own = model.eval()(**batch).logits
+    ids = _decoder_inputs(model, batch.pop("labels"))
+    assert torch.equal(model(**batch, decoder_input_ids=ids).logits, own)

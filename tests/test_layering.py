@@ -31,7 +31,7 @@ LAYERS = [
     {"tasks"},
     {"outline"},
     {"propose"},
-    {"recipe"},
+    {"recipe", "objective"},
     {"run", "trainer", "record"},
     {"training"},
     {"evaluation"},

@@ -24,6 +24,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "texts": [{"quote": f"the film was good {i}"} for i in range(24)],
     "chats": [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]}] * 24,
     "other": [{"a": 1, "b": 2}] * 24,
+    "prices": [{"text": f"film {i}", "price": 9.5 + i} for i in range(24)],
+    "stars": [{"user": f"u{i % 4}", "item": f"i{i % 5}", "rating": i % 5} for i in range(24)],
+    "shelves": [{"items": ["a", "b", "c"]} for _ in range(24)],
     "free": [{"text": f"the film {i}", "target": f"the film was good {i}"} for i in range(24)],
 }
 
@@ -41,6 +44,9 @@ def rows(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         ("classes", "bert", "text-classification"),
         ("classes", "llama", "text-classification"),  # two columns are more than the one of a text
         ("pairs", "bert", "text-classification"),
+        ("prices", "bert", "text-regression"),
+        ("stars", "bert", "rating-prediction"),
+        ("shelves", "bert", "next-item"),
         ("words", "bert", "token-classification"),
         ("answers", "bert", "question-answering"),
         ("prompts", "llama", "text-generation"),

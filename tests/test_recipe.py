@@ -87,6 +87,26 @@ def test_a_recipe_means_what_it_says(good: Path) -> None:
         ("output: runs/x", "output: 3", "recipe.yaml:10: output: Input should be a path."),
         ("train: train.csv", "train: train.csv\n  validation: 1.5", "recipe.yaml:5: data.validation: Input should be "),
         ("train: train.csv", "train: train.csv\n  max_length: 0", "recipe.yaml:5: data.max_length: Input should be "),
+        ("epochs: 3", "early_stopping_threshold: 0.1", "recipe.yaml:9: training.early_stopping_threshold is of no us"),
+        ("epochs: 3", "class_weights: {a: 0}", "recipe.yaml:9: training.class_weights: Input should be greater th"),
+        ("epochs: 3", "early_stopping_patience: 0", "recipe.yaml:9: training.early_stopping_patience: Input should b"),
+        ("epochs: 3", "lr_scheduler_type: constant\n  warmup_ratio: 0.1", "recipe.yaml:10: training.warmup_ratio is o"),
+        ("epochs: 3", "lr_scheduler_type: greedy\n  warmup_steps: 3", "recipe.yaml:10: training.warmup_steps is of no"),
+        (
+            "epochs: 3",
+            "lr_scheduler_type: reduce_lr_on_plateau\n  lr_scheduler_kwargs: {mode: min}",
+            "recipe.yaml:10: training.lr_scheduler_kwargs is of no use with a mode, which follows from the metric",
+        ),
+        (
+            "epochs: 3",
+            "lr_scheduler_type: reduce_lr_on_plateau\n  eval_strategy: no",
+            "recipe.yaml:9: training.lr_scheduler_type is of no use as 'reduce_lr_on_plateau' where training.eval_str",
+        ),
+        (
+            "epochs: 3",
+            "early_stopping_patience: 1\n  eval_strategy: no",
+            "recipe.yaml:9: training.early_stopping_patience is of no use where training.eval_strategy is 'no'",
+        ),
         ("output: runs/x", "output: x\nquantization: nf5", "recipe.yaml:11: quantization: Input should be 'none'"),
         ("data:\n", "data: 3\nmore:\n", "recipe.yaml:4: the recipe has no key 'more'."),
         ("{text: review}", "text", "recipe.yaml:5: data.columns should be a mapping"),
@@ -97,6 +117,26 @@ def test_what_is_wrong_is_said_with_its_line(good: Path, old: str, new: str, mes
     said = complaint(changed(good, old, new))
     assert said.startswith(message)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("task", "key"),
+    [
+        ("question-answering", "label_smoothing_factor: 0.1"),
+        ("question-answering", "class_weights: balanced"),
+        ("text-generation", "class_weights: balanced"),
+        ("text2text-generation", "class_weights: balanced"),
+        ("automatic-speech-recognition", "class_weights: balanced"),
+        ("image-classification", "neftune_noise_alpha: 5"),
+        ("audio-classification", "neftune_noise_alpha: 5"),
+        ("automatic-speech-recognition", "neftune_noise_alpha: 5"),
+    ],
+)
+def test_what_is_of_no_use_to_a_task_is_refused(good: Path, task: str, key: str) -> None:
+    changed(good, "task: text-classification", f"task: {task}")
+    changed(good, "  columns: {text: review}\n", "")
+    said = complaint(changed(good, "  epochs: 3", f"  {key}"))
+    assert said == f"recipe.yaml:8: training.{key.partition(':')[0]} is of no use to {task}."
 
 
 def test_short_and_long_name_together_are_refused(good: Path) -> None:
@@ -191,11 +231,11 @@ def test_models_are_looked_for_beside_the_recipe(good: Path) -> None:
 def test_training_offers_what_trainingarguments_has(kind: type[TrainingArguments]) -> None:
     defaults = {name: field.default for name, field in kind.__dataclass_fields__.items()}
     offered = recipes._training_model(kind is Seq2SeqTrainingArguments)
-    assert (set(defaults) - recipes.NOT_OFFERED) | {recipes.LORAPLUS} == set(offered.model_fields)
-    assert recipes.LORAPLUS not in defaults
+    assert (set(defaults) - recipes.NOT_OFFERED) | set(recipes.OWN) == set(offered.model_fields)
+    assert not set(recipes.OWN) & set(defaults)
     assert set(recipes.SHORT.values()) <= set(offered.model_fields)
     assert not set(recipes.SHORT) & set(defaults)
-    for name in set(offered.model_fields) - {recipes.LORAPLUS}:
+    for name in set(offered.model_fields) - set(recipes.OWN):
         value = getattr(defaults[name], "value", defaults[name])
         if isinstance(value, bool | int | float | str) and not (name in recipes.POSITIVE and value <= 0):
             offered.model_validate({name: value})

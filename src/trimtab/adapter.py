@@ -248,6 +248,11 @@ class PeftConfig(BaseModel, ABC):
             TargetError: nothing matches, or a matching module cannot be adapted.
         """
 
+    @property
+    def makes_loss(self) -> bool:
+        """Whether the adapters make the model's loss, in place of its own."""
+        return False
+
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         """A term to add to the loss in training, or None. `adapters` are this config's, by module name."""
         return None

@@ -10,8 +10,14 @@
 
 Relative paths are relative to the recipe. The keys of `method` are those of the method's config class; those of
 `training` are `transformers.TrainingArguments`' own (`Seq2SeqTrainingArguments`' for tasks that generate), the short
-names in `SHORT` and `loraplus_lr_ratio`. A key without a value means its default. What is wrong is said with file and
-line: nothing in a recipe is ignored.
+names in `SHORT`, and these:
+
+    class_weights: balanced           or {label: weight}; for tasks that tell classes apart (objective.py)
+    early_stopping_patience: 2        stop after so many evaluations without a better score (`metric_for_best_model`);
+    early_stopping_threshold: 0.01    better is by more than this; 0 without
+    loraplus_lr_ratio: 16             LoRA's B learns so many times faster (optimizers.py)
+
+A key without a value means its default. What is wrong is said with file and line: nothing in a recipe is ignored.
 """
 
 import types
@@ -20,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
@@ -52,12 +58,23 @@ NOT_OFFERED = frozenset(
     "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip "
     "include_for_metrics label_names local_rank log_level log_level_replica log_on_each_node logging_nan_inf_filter "
     "output_dir parallelism_config prediction_loss_only project push_to_hub remove_unused_columns report_to "
-    "generation_config predict_with_generate sortish_sampler "
+    "generation_config predict_with_generate restore_callback_states_from_checkpoint sortish_sampler "
     "resume_from_checkpoint run_name save_on_each_node save_only_model skip_memory_metrics trackio_bucket_id "
     "trackio_space_id trackio_static_space_id".split()
 )
 
-LORAPLUS = "loraplus_lr_ratio"  # how many times faster B of LoRA learns (optimizers.py); not TrainingArguments'
+# The settings of `training` that are not TrainingArguments', with their types and limits.
+OWN: dict[str, Any] = {
+    "class_weights": (Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]], None),
+    "early_stopping_patience": (int, Field(None, ge=1)),
+    "early_stopping_threshold": (float, Field(None, ge=0)),
+    "loraplus_lr_ratio": (float, Field(None, gt=0)),
+}
+
+NEEDS = {"early_stopping_threshold": "early_stopping_patience"}  # what means nothing alone
+
+WATCHING = ("reduce_lr_on_plateau", "greedy")  # schedules that go by the scores of evaluation,
+UNWARMED = ("constant", *WATCHING)  # and those that know no warmup
 
 POSITIVE = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
             "gradient_accumulation_steps", "generation_max_length", "generation_num_beams")  # fmt: skip
@@ -162,6 +179,7 @@ def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, t
             raise file.error(("data", "drop", i), f"data.drop: {reason} is of no use to {recipe.task}.")
     _check_methods(file, recipe)
     recipe.training = _training(file, recipe.training, TASKS[recipe.task].generates)
+    _check_together(file, recipe)
     return recipe
 
 
@@ -239,12 +257,37 @@ def _training(file: RecipeFile, given: dict[str, Any], generates: bool) -> dict[
     try:
         checked = known.model_validate({long: given[key] for long, key in written.items()})
     except ValidationError as error:
-        found = error.errors()[0]
+        found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a choice the one that was meant
         at = ("training", written[str(found["loc"][0])])
         raise file.error(at, f"{file.name(at)}: {found['msg']}.") from None
     if not 0 <= (ratio := given.get("warmup_ratio", 0)) < 1:
         raise file.error(("training", "warmup_ratio"), f"training.warmup_ratio={ratio} is no share of the steps.")
     return checked.model_dump(exclude_unset=True)
+
+
+def _check_together(file: RecipeFile, recipe: Recipe) -> None:
+    """Refuse settings that would do nothing beside the others, or for this task."""
+    given = recipe.training
+
+    def refuse(key: str, reason: str) -> RecipeError:
+        written = next((short for short, long in SHORT.items() if long == key and not file.has(("training", key))), key)
+        return file.error(("training", written), f"training.{written} is of no use {reason}.")
+
+    for key in TASKS[recipe.task].useless & set(given):
+        raise refuse(key, f"to {recipe.task}")
+    for key, needed in NEEDS.items():
+        if key in given and needed not in given:
+            raise refuse(key, f"without training.{needed}")
+    schedule = given.get("lr_scheduler_type")
+    if schedule in UNWARMED and given.get("warmup_steps"):
+        raise refuse("warmup_steps", f"to the schedule {schedule!r}, which has no warmup")
+    if schedule in WATCHING and "mode" in (given.get("lr_scheduler_kwargs") or {}):
+        raise refuse("lr_scheduler_kwargs", "with a mode, which follows from the metric: leave that out")
+    if given.get("eval_strategy") == "no":
+        if schedule in WATCHING:
+            raise refuse("lr_scheduler_type", f"as {schedule!r} where training.eval_strategy is 'no'")
+        if "early_stopping_patience" in given:
+            raise refuse("early_stopping_patience", "where training.eval_strategy is 'no'")
 
 
 @cache
@@ -258,8 +301,7 @@ def _training_model(generates: bool) -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (_accepted(hints[name]), Field(None, gt=0) if name in POSITIVE else None) for name in names
     }
-    fields[LORAPLUS] = (float, Field(None, gt=0))
-    return create_model("Training", __config__=ConfigDict(extra="forbid", strict=True), **fields)
+    return create_model("Training", __config__=ConfigDict(extra="forbid", strict=True), **fields, **OWN)
 
 
 def _accepted(hint: Any) -> Any:

@@ -107,6 +107,9 @@ class RecipeFile:
             hint = did_you_mean(str(value), options)
             raise self.error(at, f"{self.name(at)}: there is no {value!r}.{hint}")
 
+    def has(self, at: Loc) -> bool:
+        return self._node(at) is not None
+
     def _mark(self, at: Loc) -> Any:
         node, mark = self.tree, self.tree.start_mark
         for part in at:

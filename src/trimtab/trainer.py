@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import checkpoint, files
 from .errors import TrainingError
 from .model import PeftModel
+from .objective import IGNORED, Objective
 
 BAD_BATCH = "bad_batch.safetensors"
 MEMORY = ("not enough memory", "can't allocate memory", "out of memory")  # what PyTorch says where it has no class
@@ -50,20 +51,61 @@ def _read(model: PeftModel, folder: Path) -> None:
 class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
     """The Trainer of a run: it stops at a loss or gradient that cannot be right, and keeps the batch that gave it."""
 
-    def __init__(self, output: Path, metrics: Callable[[Any, Any], dict[str, float]], **settings: Any) -> None:
-        """metrics: scores of an EvalPrediction and of the rows that it is of, in their order."""
-        super().__init__(compute_metrics=lambda found: metrics(found, self.evaluated), **settings)
+    def __init__(
+        self,
+        output: Path,
+        metrics: Callable[[Any, Any], dict[str, float]],
+        objective: Objective | None = None,
+        **settings: Any,
+    ) -> None:
+        """metrics: scores of an EvalPrediction and of the rows that it is of, in their order. objective: what is
+        minimized in place of the model's own loss."""
+        super().__init__(
+            compute_metrics=lambda found: metrics(found, self.evaluated),
+            compute_loss_func=self._loss if objective else None,
+            **settings,
+        )
+        self.objective: Objective | None = objective
         self.evaluated: Any = None
         self.output = output
         self.batch: dict[str, Any] = {}
         self.remove_callback(transformers.PrinterCallback)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **settings: Any) -> Any:
-        """To smooth labels Trainer takes them away, and an encoder-decoder makes its decoder's inputs of them."""
-        shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if self.label_smoother is not None and shifted is not None:
-            inputs = {**inputs, "decoder_input_ids": shifted(labels=inputs["labels"])}
-        return super().compute_loss(model, inputs, *args, **settings)
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Where there is an objective, the model does not get the labels: what it makes of them is made here.
+
+        That is the decoder's inputs of an encoder-decoder, and in training the penalty of the adapters (`learning`).
+        What virtual tokens say of a row's first token is left out.
+        """
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        own: Any = self.model
+        if self.args.predict_with_generate:  # type: ignore[attr-defined]
+            inputs = {**inputs, "decoder_input_ids": _decoder_inputs(own, inputs["labels"])}
+        items = num_items_in_batch if own.training else None
+        loss, outputs = super().compute_loss(model, inputs, True, items)
+        if own.training and (penalty := own.penalty()) is not None:
+            loss = loss + penalty / getattr(self, "current_gradient_accumulation_steps", 1)  # once a step
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        model: Any = self.model
+        objective = self.objective if self.objective and model.training else Objective()
+        logits = outputs["logits"]
+        if self._loss_shifts_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        items = objective.count(labels).to(logits.device) if num_items_in_batch is None else num_items_in_batch
+        return objective.loss(logits, labels, items)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The weights of all labels, where classes have weights, in place of their number."""
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if self.objective is None or self.objective.weights is None:
+            return items
+        own = torch.stack([self.objective.count(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(own).sum() if self.args.average_tokens_across_devices else own
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.batch = dict(inputs)
@@ -129,10 +171,25 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
             model.zero_grad()
 
 
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """The labels after the start token, without the last: (B, T)."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # Whisper has none
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return shifted
+    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, model.config.pad_token_id)], 1)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end: Trainer writes its state last."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     return next((path for path in found if _is_whole(path)), None)
+
+
+def had_stopped(checkpoint: Path) -> bool:
+    """Whether training was to end with this checkpoint, as early stopping has it."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
 
 
 def _is_whole(folder: Path) -> bool:

@@ -22,18 +22,20 @@ from . import files, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
+from .objective import Objective, class_weights
 from .optimizers import create_loraplus_optimizer
-from .recipe import LORAPLUS, Recipe
+from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
 from .tasks.augmentation import Augmenter
 from .tasks.columns import Say
 from .tasks.task import Piece
-from .trainer import RunTrainer, Trainer, last_checkpoint
+from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
+CHANGES_LOSS = ("label_smoothing_factor", "class_weights")  # the keys of training that objective.py is about
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
 
@@ -87,13 +89,14 @@ def train(
     trainer = RunTrainer(
         recipe.output,
         task.metrics,
+        _objective(recipe, model, task, rows["train"]),
         model=model,
         args=arguments,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=task.collate,
         preprocess_logits_for_metrics=task.reduced,
-        callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks],
+        callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *_stopping(recipe), *callbacks],
         optimizers=(_optimizer(recipe, arguments, model), None),
     )
     # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the labels of all
@@ -106,6 +109,8 @@ def train(
     start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     if last is not None:
         say(f"Going on after {_steps(last)} steps.")
+        if had_stopped(last):
+            arguments.max_steps = _steps(last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if all(torch.equal(value, start[name]) for name, value in model.named_parameters() if name in start):
         raise TrainingError("Training changed no weight of the adapter. Is the learning rate far too small?")
@@ -252,7 +257,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """
     evaluated, task = recipe.training.get("eval_strategy", "epoch"), TASKS[recipe.task]
     best: dict[str, Any] = {"metric_for_best_model": task.metric, "greater_is_better": task.higher_is_better}
-    if "metric_for_best_model" in recipe.training:
+    if recipe.training.get("metric_for_best_model", task.metric).removeprefix("eval_") != task.metric:
         best = {}
     return {
         "num_train_epochs": 3.0,
@@ -260,7 +265,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         "per_device_eval_batch_size": 64,
         "learning_rate": 5e-4 * recipe.relative_rate,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 0.1,
+        **({} if recipe.training.get("lr_scheduler_type") in UNWARMED else {"warmup_steps": 0.1}),
         "eval_strategy": evaluated,
         "save_strategy": evaluated,
         "save_steps": recipe.training.get("eval_steps") or 500,
@@ -286,10 +291,15 @@ def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
         "report_to": "none",
         "disable_tqdm": True,
         "predict_with_generate": TASKS[recipe.task].generates,
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
     }
-    settings.pop(LORAPLUS, None)
+    for own in (*OWN, "label_smoothing_factor"):  # what this module and objective.py do themselves
+        settings.pop(own, None)
     try:
         arguments = transformers.Seq2SeqTrainingArguments(**settings)
+        if arguments.lr_scheduler_type in WATCHING:  # else it would take a growing accuracy for a growing loss
+            mode = "max" if arguments.greater_is_better else "min"
+            arguments.lr_scheduler_kwargs = {**settings.get("lr_scheduler_kwargs", {}), "mode": mode}
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         _try_schedule(arguments)
     except (ValueError, TypeError, ImportError) as error:
@@ -334,13 +344,34 @@ def with_adapter(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> An
 
 def _optimizer(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any) -> torch.optim.Optimizer | None:
     """LoRA+'s, where the recipe asks for it."""
-    ratio = recipe.training.get(LORAPLUS)
+    ratio = recipe.training.get("loraplus_lr_ratio")
     if ratio is None:
         return None
     chosen, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     return create_loraplus_optimizer(
         model, chosen, loraplus_lr_ratio=ratio, loraplus_weight_decay=arguments.weight_decay, **settings
     )
+
+
+def _objective(recipe: Recipe, model: Any, task: Any, rows: Any) -> Objective | None:
+    """What is minimized, where the recipe asks for more than the model's own loss. Raises: ConfigError."""
+    asked = {name: recipe.training[name] for name in CHANGES_LOSS if recipe.training.get(name)}
+    if not asked:
+        return None
+    config = model.peft_config["default"]
+    if config.makes_loss:
+        raise ConfigError(f"training.{next(iter(asked))}: {type(config).__name__} makes a loss of its own. "
+                          "Leave out the one or the other.")  # fmt: skip
+    weights = asked.get("class_weights")
+    return Objective(
+        asked.get("label_smoothing_factor", 0.0), weights and class_weights(weights, task.labels, rows["labels"])
+    )
+
+
+def _stopping(recipe: Recipe) -> list[transformers.TrainerCallback]:
+    patience = recipe.training.get("early_stopping_patience")
+    threshold = recipe.training.get("early_stopping_threshold", 0.0)
+    return [] if patience is None else [transformers.EarlyStoppingCallback(patience, threshold)]
 
 
 def scores(trainer: Trainer, rows: Any) -> dict[str, float]:

@@ -172,6 +172,10 @@ class CPTConfig(PromptConfig):
         found |= {"cpt_mask": mask, "cpt_tokens_type_mask": types}
         return PromptConfig.resolved(self.model_copy(update=found), model)
 
+    @property
+    def makes_loss(self) -> bool:
+        return self.task_type == TaskType.CAUSAL_LM
+
     def prompt(self, table: nn.Embedding, rows: int) -> Prompt:
         assert self.cpt_token_ids is not None
         if not 0 <= min(self.cpt_token_ids) <= max(self.cpt_token_ids) < table.num_embeddings:

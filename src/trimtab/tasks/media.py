@@ -24,6 +24,7 @@ class MediaTask(Task):
 
     endings: ClassVar[frozenset[str]]
     task_type: ClassVar[TaskType | None] = None  # HF PEFT's task types are of models that read tokens
+    useless: ClassVar[frozenset[str]] = Task.useless | {"neftune_noise_alpha"}  # noise on the embeddings of tokens
 
     @abstractmethod
     def decoded(self, file: Media) -> Any:
@@ -91,6 +92,7 @@ class MediaClassification(MediaTask):
     }
     answer: ClassVar[str] = "label"
     metric: ClassVar[str] = "accuracy"
+    useless: ClassVar[frozenset[str]] = MediaTask.useless - {"class_weights"}
 
     labels: list[str]
 

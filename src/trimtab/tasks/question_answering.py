@@ -21,7 +21,7 @@ from ..errors import ConfigError, DataError
 from . import columns
 from .cleaning import Reason
 from .columns import Cells, Say
-from .task import Data, Piece
+from .task import Data, Piece, Task
 from .text import WORDS, TextTask
 
 ANSWER = 30  # tokens of the longest answer that is looked for
@@ -48,6 +48,7 @@ class QuestionAnswering(TextTask):
     task_type: ClassVar[TaskType] = TaskType.QUESTION_ANS
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
+    useless: ClassVar[frozenset[str]] = Task.useless | {"label_smoothing_factor"}  # its labels are a start and an end
 
     unanswerable: bool
 

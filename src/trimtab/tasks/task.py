@@ -68,6 +68,7 @@ class Task(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()  # the keys of data beside FILES that are of use to it
     drops: ClassVar[frozenset[cleaning.Reason]] = frozenset()  # what of data.drop is
     augmented: ClassVar[tuple[str, ...]] = ()  # columns with texts whose words may change under the same answer
+    useless: ClassVar[frozenset[str]] = frozenset({"class_weights"})  # the keys of training that are of no use to it
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint

@@ -30,6 +30,7 @@ class TextClassification(TextTask):
     task_type: ClassVar[TaskType] = TaskType.SEQ_CLS
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[str] = "accuracy"
+    useless: ClassVar[frozenset[str]] = frozenset()
 
     labels: list[str]
 

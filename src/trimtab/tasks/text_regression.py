@@ -45,6 +45,13 @@ class TextRegression(TextTask):
         return repr(value) if isinstance(value, float) and value == value else columns.text(value, feature)
 
     @classmethod
+    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
+        column = names[cls.answer]
+        values = (cls.cell(cls.answer, value, found.features[column]) for value in found[column])
+        strange = next((value for value in values if value and _number(value) is None), "")
+        return f"{column} has {strange!r}, which is no number." if strange else ""
+
+    @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
         for split, found in cells.items():
             for value in found[cls.answer]:

@@ -30,6 +30,7 @@ class TokenClassification(TextTask):
     task_type: ClassVar[TaskType] = TaskType.TOKEN_CLS
     auto: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[str] = "f1"
+    useless: ClassVar[frozenset[str]] = frozenset()
 
     labels: list[str]
 
