@@ -56,9 +56,9 @@ def evaluate(
     if data is not None:
         return measure(found, found.task.rows(data, say), callbacks)
     recipe, before = found.recipe, found.recipe.made_with or {}
-    for split, hashed in record.hashes(recipe.data.paths).items():
+    for split, hashed in record.hashes(recipe.data.sources).items():
         if hashed != before.get(split):
-            say(f"{recipe.data.paths[split]} has changed since the run.")
+            say(f"{recipe.data.sources[split]} has changed since the run.")
     _, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, lambda _: None)
     split = "test" if "test" in rows else "validation"
     say(f"The {split} rows of the run")

@@ -8,9 +8,9 @@
     training: {epochs: 3, batch_size: 16, learning_rate: 5e-4, seed: 0}
     output: runs/reviews
 
-Relative paths are relative to the recipe. The keys of `method` are those of the method's config class; those of
-`training` are `transformers.TrainingArguments`' own (`Seq2SeqTrainingArguments`' for tasks that generate), the short
-names in `SHORT`, and these:
+Relative paths are relative to the recipe; `train: {path: stanfordnlp/sst2, split: train}` is a dataset of the hub. The
+keys of `method` are those of the method's config class; those of `training` are `transformers.TrainingArguments`' own
+(`Seq2SeqTrainingArguments`' for tasks that generate), the short names in `SHORT`, and these:
 
     class_weights: balanced           or {label: weight}; for tasks that tell classes apart (objective.py)
     early_stopping_patience: 2        stop after so many evaluations without a better score (`metric_for_best_model`);
@@ -41,7 +41,7 @@ from .tasks import TASKS, Data
 from .tasks.augmentation import Augment
 from .tasks.columns import Say
 from .tasks.models import Quantization
-from .tasks.paths import RecipePath
+from .tasks.paths import HubDataset, RecipePath
 from .tasks.task import FILES
 
 SHORT = {
@@ -154,6 +154,9 @@ def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, t
         file.set(override)
     file.check_keys((), Recipe.model_fields)
     file.check_keys(("data",), Data.model_fields)
+    for split in ("train", "validation", "test"):
+        if file.is_mapping(("data", split)):
+            file.check_keys(("data", split), HubDataset.model_fields)
     file.check_keys(("training",), None)
     file.check_keys(("data", "columns"), None)
     file.check_keys(("data", "augment"), Augment.model_fields)

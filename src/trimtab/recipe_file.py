@@ -102,6 +102,9 @@ class RecipeFile:
                 hint = did_you_mean(key.value, options)
                 raise self.error((*at, key.value), f"{self.name(at)} has no key {key.value!r}.{hint}")
 
+    def is_mapping(self, at: Loc) -> bool:
+        return isinstance(self._node(at), MappingNode)
+
     def check_choice(self, at: Loc, value: Any, options: Collection[str]) -> None:
         if value not in options:
             hint = did_you_mean(str(value), options)

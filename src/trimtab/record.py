@@ -43,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def made_with(model: str, files: dict[str, Path]) -> dict[str, str]:
+def made_with(model: str, files: dict[str, Any]) -> dict[str, str]:
     """Versions, and SHA-256 of the base model and of the data, by name."""
     packages = ("trimtab", "torch", "transformers", "accelerate", "datasets")
     found = {name: version(name) for name in packages}
@@ -56,9 +56,9 @@ def made_with(model: str, files: dict[str, Path]) -> dict[str, str]:
     return found | hashes(files)
 
 
-def hashes(files: dict[str, Path]) -> dict[str, str]:
-    """SHA-256 of files, or of all that is in folders, by name."""
-    return {name: _hash(_inside(path)) for name, path in files.items()}
+def hashes(files: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of files, or of all that is in folders, by name; datasets of the hub as they are named."""
+    return {name: _hash(_inside(path)) if isinstance(path, Path) else str(path) for name, path in files.items()}
 
 
 def _inside(path: Path) -> Iterable[Path]:

@@ -187,7 +187,7 @@ def _resolved(recipe: Recipe, task: Task) -> Recipe:
 
 
 def _made_with(recipe: Recipe, augmenters: Sequence[Augmenter]) -> dict[str, str]:
-    files = recipe.data.paths
+    files = recipe.data.sources
     if recipe.data.augment and recipe.data.augment.synonyms:
         files["synonyms"] = recipe.data.augment.synonyms
     made = record.made_with(recipe.model, files)

@@ -12,6 +12,7 @@ from . import collection, columns, models
 from .collection import Media
 from .columns import Cells, Say
 from .models import Quantization
+from .paths import Source
 from .task import Data, Piece, Task
 from .text_classification import accuracy, classes, classifier, commonest, likely, no_classes, numbers
 
@@ -39,8 +40,8 @@ class MediaTask(Task):
         """What `decoded` might give, made of nothing."""
 
     @classmethod
-    def read(cls, path: Path, split: str, say: Say) -> Any:
-        return collection.read(path, cls.endings, split, say)
+    def read(cls, source: Source, split: str, say: Say) -> Any:
+        return collection.read(source, cls.endings, split, say)
 
     @classmethod
     def cell(cls, name: str, value: Any, feature: Any) -> Any:

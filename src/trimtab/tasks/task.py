@@ -16,17 +16,17 @@ from . import augmentation, cleaning, columns, models
 from .augmentation import Augmenter
 from .columns import Cells, Say
 from .models import Quantization
-from .paths import RecipePath
+from .paths import HubDataset, Source
 
 SAVED = "task.json"
 Piece = tuple[str, bool]
 
 
 class Data(BaseModel):
-    """The files with the rows, and how to read them.
+    """The files with the rows, or datasets of the hub, and how to read them.
 
-    validation: a file, or the fraction of the training rows that is set aside. columns: the task's name of a column
-    -> its name in the files; guessed where not given.
+    validation: a file or dataset, or the fraction of the training rows that is set aside. columns: the task's name of
+    a column -> its name in the files; guessed where not given.
 
     The rest are of use to some tasks only (`Task.reads`). max_length: tokens; longer rows are cut. prefix: goes before
     each text that is read. drop: which rows are not trained on, beside those with empty cells (cleaning.py).
@@ -35,9 +35,9 @@ class Data(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    train: RecipePath
-    validation: Annotated[StrictFloat, Field(gt=0, le=1)] | RecipePath = 0.1
-    test: RecipePath | None = None
+    train: Source
+    validation: Annotated[StrictFloat, Field(gt=0, le=1)] | Source = 0.1
+    test: Source | None = None
     columns: dict[str, str] = {}
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
     prefix: str | None = None
@@ -45,10 +45,10 @@ class Data(BaseModel):
     augment: augmentation.Augment | None = None
 
     @property
-    def paths(self) -> dict[str, Path]:
-        """The files by split."""
+    def sources(self) -> dict[str, Source]:
+        """Where the rows are, by split."""
         given = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {split: path for split, path in given.items() if isinstance(path, Path)}
+        return {split: source for split, source in given.items() if isinstance(source, Path | HubDataset)}
 
 
 FILES = frozenset({"train", "validation", "test", "columns"})  # the keys of data that are of use to all tasks
@@ -98,12 +98,12 @@ class Task(ABC):
                 f"{cls.__name__} has no texts whose words may change under the same answer: no augmenter."
             )
         drop = data.drop or ()
-        raw = {split: cls.read(path, split, say) for split, path in data.paths.items()}
+        raw = {split: cls.read(source, split, say) for split, source in data.sources.items()}
         names = cls.named(raw["train"], data)
         if guessed := [f"{column} is the {name}" for name, column in names.items() if name not in data.columns]:
             say(f"Columns guessed: {', '.join(guessed)} (data.columns changes this)")
         cells = {
-            split: columns.clean(data.paths[split], found, names, cls.cell, cls.needed(names), split, say)
+            split: columns.clean(data.sources[split], found, names, cls.cell, cls.needed(names), split, say)
             for split, found in raw.items()
         }
         train = cells.pop("train")
@@ -146,11 +146,11 @@ class Task(ABC):
         (folder / SAVED).write_text(json.dumps(known, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path, split: str, say: Say) -> Any:
-        """The rows of a file, or of a folder, as a `datasets.Dataset`."""
+    def read(cls, source: Source, split: str, say: Say) -> Any:
+        """The rows of a file, a folder or a dataset, as a `datasets.Dataset`."""
         from . import rows
 
-        return rows.read(path)
+        return rows.read(source)
 
     @classmethod
     def split(cls, cells: Cells, fraction: float, seed: int) -> tuple[Cells, Cells]:

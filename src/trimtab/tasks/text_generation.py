@@ -10,6 +10,7 @@ from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns, rows
 from .columns import Cells, Say
+from .paths import Source
 from .task import Data, Piece
 from .text import WORDS, TextTask
 from .token_classification import IGNORED, padded
@@ -44,8 +45,10 @@ class TextGeneration(TextTask):
     divides_loss: ClassVar[bool] = True
 
     @classmethod
-    def read(cls, path: Path, split: str, say: Say) -> Any:
-        return rows.document(path) if path.name.removesuffix(".gz").endswith(".txt") else rows.read(path)
+    def read(cls, source: Source, split: str, say: Say) -> Any:
+        if isinstance(source, Path) and source.name.removesuffix(".gz").endswith(".txt"):
+            return rows.document(source)
+        return rows.read(source)
 
     @classmethod
     def chosen(cls, names: dict[str, str], data: Data) -> dict[str, str]:
