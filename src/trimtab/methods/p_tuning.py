@@ -39,7 +39,7 @@ class PromptEncoderConfig(PromptConfig):
 
     peft_type: ClassVar[str] = "P_TUNING"
     trains: ClassVar[str] = "virtual tokens and an encoder"
-    relative_rate: ClassVar[float] = 0.25
+    relative_rate: ClassVar[float] = 4.0
     when: ClassVar[str] = "As prompt tuning, where that is unsteady."
     evidence: ClassVar[str] = (
         "The tokens are tied together by an encoder while training: Liu et al. bring GPT-2 to BERT's level on "
