@@ -12,6 +12,7 @@ from .text_classification import TextClassification
 from .text_generation import TextGeneration
 from .text_regression import TextRegression
 from .token_classification import TokenClassification
+from .visual_question_answering import VisualQuestionAnswering
 
 __all__ = ["TASKS", "Data", "Task"]
 
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     "rating-prediction": RatingPrediction,
     "next-item": NextItem,
     "image-classification": ImageClassification,
+    "visual-question-answering": VisualQuestionAnswering,
     "audio-classification": AudioClassification,
     "automatic-speech-recognition": SpeechRecognition,
 }
