@@ -50,6 +50,27 @@ def vilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny ViT whose photos a tiny GPT-2 describes."""
+    from transformers import GPT2Config, VisionEncoderDecoderConfig, ViTConfig, ViTImageProcessorPil
+    from transformers import VisionEncoderDecoderModel as Model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-captioner"
+    torch.manual_seed(0)
+    sees = ViTConfig(image_size=16, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                     num_attention_heads=2, initializer_range=0.2)  # fmt: skip
+    writes = GPT2Config(vocab_size=len(VOCABULARY), n_embd=32, n_layer=2, n_head=2, n_positions=16,
+                        add_cross_attention=True, is_decoder=True, initializer_range=0.2, bos_token_id=2,
+                        eos_token_id=3, pad_token_id=0)  # fmt: skip
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(sees, writes)
+    config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = 2, 3, 0
+    Model(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def photos(folder: Path, count: int, start: int = 0) -> list[tuple[str, str]]:
     """Files with noise of one colour, written into a folder, and their colours."""
     folder.mkdir(exist_ok=True)
@@ -145,3 +166,64 @@ def test_a_model_that_writes_answers_has_no_classes(tmp_path: Path, bert: Path) 
     path = lines(tmp_path / "a.jsonl", questions(tmp_path / "p", 2))
     with pytest.raises(ConfigError, match="is a bert model, which has no class for each answer"):
         prepare("visual-question-answering", bert, train=path, validation=path)
+
+
+# Captions
+
+
+def captions(folder: Path, count: int, start: int = 0) -> list[dict[str, Any]]:
+    texts = {"blue": "a very blue room", "red": "the film is red"}
+    return [{"image": file, "caption": texts[colour]} for file, colour in photos(folder, count, start)]
+
+
+def test_the_loss_is_that_of_the_caption_and_its_end(tmp_path: Path, captioner: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [*captions(tmp_path / "p", 2), {"image": "p/0.png", "caption": "blue"}])
+    task, rows, _ = prepare("image-to-text", captioner, train=path, validation=path)
+    assert [task.show(row)[1] for row in rows["train"]] == [
+        ("a very blue room [SEP]", True), ("the film is red [SEP]", True), ("blue [SEP]", True)
+    ]  # fmt: skip
+    batch = task.collate([rows["train"][i] for i in range(3)])
+    assert batch["labels"][2].tolist() == [VOCABULARY.index("blue"), 3, -100, -100, -100]
+    model, fresh = task.load_model(str(captioner), "none")
+    assert fresh == []
+    losses = []
+    for i in range(3):
+        ids = torch.tensor([rows["train"][i]["labels"]])
+        pixels = batch["pixel_values"][i : i + 1]
+        before = torch.cat([torch.tensor([[2]]), ids[:, :-1]], 1)
+        likely = model.eval()(pixel_values=pixels, decoder_input_ids=before).logits.log_softmax(-1)
+        losses += (-likely[0].gather(1, ids[0][:, None])).flatten().tolist()
+    assert model(**batch).loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+    _, rows, said = prepare("image-to-text", captioner, train=path, validation=path, max_length=3)
+    assert "train: 2 of 3 texts cut to 3 tokens" in said
+    assert max(map(len, rows["train"]["labels"])) == 3
+
+
+def test_a_run_learns_to_describe(tmp_path: Path, captioner: Path) -> None:
+    lines(tmp_path / "a.jsonl", captions(tmp_path / "p", 16))
+    lines(tmp_path / "b.jsonl", captions(tmp_path / "q", 4, start=16))
+    method = {"name": "lora", "r": 8, "target_modules": "all-linear"}
+    settings = recipe(tmp_path, task="image-to-text", model=str(captioner), method=method,
+                      data={"train": "a.jsonl", "validation": "b.jsonl"},
+                      training={"epochs": 15, "batch_size": 8, "learning_rate": 0.02,
+                                "generation_max_length": 8})  # fmt: skip
+    result = train(settings, lambda _: None)
+    assert result.metrics["untrained"]["validation"]["chrf"] < 50
+    assert result.metrics["validation"]["chrf"] == pytest.approx(100)
+    found = run.load(result.folder)
+    paths = [str(tmp_path / "q" / "16.png"), str(tmp_path / "q" / "17.png")]
+    texts = [{"text": "a very blue room"}, {"text": "the film is red"}]
+    assert found.task.predict(found.model, found.task.asked(paths)) == texts
+    assert found.task.predict(found.model, found.task.inputs(tmp_path / "b.jsonl"))[:2] == texts
+    assert run.merge(result.folder, tmp_path / "merged") < 1e-4
+
+
+def test_what_writes_no_captions(tmp_path: Path, bert: Path, captioner: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", captions(tmp_path / "p", 2))
+    with pytest.raises(ConfigError, match=r"is a bert model\. This task takes vision-encoder-decoder models"):
+        prepare("image-to-text", bert, train=path, validation=path)
+    settings = recipe(
+        tmp_path, task="image-to-text", model=str(captioner), data={"train": "a.jsonl", "validation": 0.5}
+    )
+    with pytest.raises(ConfigError, match=r"writes up to 16 tokens; training\.generation_max_length is 128"):
+        train(settings, lambda _: None)

@@ -3,6 +3,7 @@
 from .audio_classification import AudioClassification
 from .automatic_speech_recognition import SpeechRecognition
 from .image_classification import ImageClassification
+from .image_to_text import ImageToText
 from .next_item import NextItem
 from .question_answering import QuestionAnswering
 from .rating_prediction import RatingPrediction
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
     "next-item": NextItem,
     "image-classification": ImageClassification,
     "visual-question-answering": VisualQuestionAnswering,
+    "image-to-text": ImageToText,
     "audio-classification": AudioClassification,
     "automatic-speech-recognition": SpeechRecognition,
 }

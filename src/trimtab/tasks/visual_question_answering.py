@@ -39,10 +39,7 @@ class VisualQuestionAnswering(ImageTextTask, MediaClassification):
         with models.loading(model):
             kind = AutoConfig.from_pretrained(model).model_type
         if kind != "vilt":
-            raise ConfigError(
-                f"{model} is a {kind} model, which has no class for each answer. ViLT has; models that write their "
-                "answers are for the task image-to-text."
-            )
+            raise ConfigError(f"{model} is a {kind} model, which has no class for each answer, as ViLT has.")
         labels = classes({split: found["label"] for split, found in cells.items()}, data)
         reader = cls.load_reader(model)
         return cls(names, reader, labels, TextTask.limit(data, model, reader.tokenizer))
