@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import WORDS
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import EvalPrediction
 
 from trimtab import recipe as recipes
@@ -194,6 +195,8 @@ def test_the_loss_is_that_of_the_caption_and_its_end(tmp_path: Path, captioner: 
         likely = model.eval()(pixel_values=pixels, decoder_input_ids=before).logits.log_softmax(-1)
         losses += (-likely[0].gather(1, ids[0][:, None])).flatten().tolist()
     assert model(**batch).loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+    task.reader.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    assert task._labels("blue") == batch["labels"][2, :2].tolist()  # GPT-2's does not end its texts
     _, rows, said = prepare("image-to-text", captioner, train=path, validation=path, max_length=3)
     assert "train: 2 of 3 texts cut to 3 tokens" in said
     assert max(map(len, rows["train"]["labels"])) == 3

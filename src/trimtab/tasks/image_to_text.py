@@ -71,7 +71,7 @@ class ImageToText(ImageTextTask):
 
     def _labels(self, text: str) -> list[int]:
         ids: list[int] = self.reader.tokenizer(text).input_ids
-        ids = ids[1:] if ids[0] == self.start else ids
+        ids = ids[1:] if ids[:1] == [self.start] else ids
         return ids if ids[-1:] == [self.end] else [*ids, self.end]
 
     def show(self, row: dict[str, Any]) -> list[Piece]:
