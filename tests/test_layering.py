@@ -30,7 +30,7 @@ LAYERS = [
     {"model", "kbit", "catalog"},
     {"auto"},
     {"tasks"},
-    {"recipe", "outline", "objective"},
+    {"recipe", "outline", "objective", "layers"},
     {"run", "trainer", "record"},
     {"training"},
     {"report", "progress"},
