@@ -58,7 +58,7 @@ PLACES: dict[str, tuple[Callable[..., Tiny], PeftConfig | list[PeftConfig], list
         [["vit.embeddings."], ["vit.encoder.layer.0.", "vit.layers.0."], ["vit.encoder.layer.1.", "vit.layers.1."],
          ["classifier."]],
     ),
-    "convolutions": (
+    "one place": (
         models.mlp,
         LoraConfig(r=2, target_modules=["first", "second"]),
         [],
@@ -91,12 +91,12 @@ def values(found: list[list[nn.Parameter]]) -> list[list[Tensor]]:
 def adapted(method: str) -> Any:
     """A Llama with the method and, so that there are two groups at least, a trained head."""
     torch.manual_seed(0)
-    model = models.llama(hidden_size=16).model
+    model = models.llama(attention_bias=True).model  # BitFit wants biases
     head = LoraConfig(r=2, target_modules=["lm_head"])
     return get_peft_model(model, [METHODS[method](**SETTINGS[method]), head])
 
 
-NOT_HERE = ("adalora", "bitfit", "mam", "unipelt")  # refused; no biases in Llama; unions already
+NOT_HERE = ("adalora", "mam", "unipelt")  # refused; unions already
 
 
 @pytest.mark.parametrize("begin", ["input", "output"])
