@@ -31,7 +31,7 @@ LAYERS = [
     {"tasks"},
     {"outline"},
     {"propose"},
-    {"recipe", "objective"},
+    {"recipe", "objective", "layers"},
     {"run", "trainer", "record"},
     {"training"},
     {"evaluation"},

@@ -13,7 +13,7 @@ The paper reports results close to LoRA's with up to 1.4 times less memory. B al
 The rest is PyTorch's AdamW, which adds eps after the correction of bias; HF PEFT adds it before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .errors import ConfigError
 from .methods.lora import LoraAdapter, LoraConfig
 
 DAMPING = 1e-8  # as in HF PEFT
+EMBEDDING_LR = 1e-6  # of LoRA at embeddings, as in HF PEFT
 
 
 def create_loraplus_optimizer(
@@ -34,7 +35,7 @@ def create_loraplus_optimizer(
     lr: float,
     loraplus_lr_ratio: float,
     loraplus_weight_decay: float = 0.0,
-    loraplus_lr_embedding: float = 1e-6,
+    loraplus_lr_embedding: float = EMBEDDING_LR,
     **kwargs: Any,
 ) -> Optimizer:
     """An optimizer of all that trains, in which B and the biases have lr times the ratio, as in HF PEFT.
@@ -48,20 +49,45 @@ def create_loraplus_optimizer(
     """
     if "weight_decay" in kwargs:
         raise ConfigError("LoRA+ decays by group: give loraplus_weight_decay instead of weight_decay.")
-    if not _trained(model):
-        raise ConfigError("LoRA+ gives LoRA's B its own learning rate, and no such B trains here. Attach a LoraConfig, "
-                          "or use a plain optimizer.")  # fmt: skip
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    found = loraplus_rates(model, loraplus_lr_ratio, loraplus_lr_embedding / lr)
+    groups: dict[float, list[nn.Parameter]] = {loraplus_weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             owner = model.get_submodule(name.rpartition(".")[0])
-            lora = isinstance(owner, LoraAdapter)
-            faster = (lora and parameter is owner.B) or parameter.ndim == 1
-            rate = loraplus_lr_embedding if lora and owner.embeds else lr * loraplus_lr_ratio if faster else lr
             decayed = "bias" not in name and not type(owner).__name__.endswith("Norm")
-            groups.setdefault((rate, loraplus_weight_decay if decayed else 0.0), []).append(parameter)
-    listed = [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
-    return optimizer_cls(listed, **{"lr": lr, **kwargs})
+            groups[loraplus_weight_decay if decayed else 0.0].append(parameter)
+    listed = [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
+    return with_rates(optimizer_cls(listed, **{"lr": lr, **kwargs}), found)
+
+
+def loraplus_rates(model: nn.Module, ratio: float, embedding: float) -> dict[nn.Parameter, float]:
+    """How much of the learning rate each parameter has. Raises: ConfigError, where no B of LoRA trains."""
+    if not _trained(model):
+        raise ConfigError("LoRA+ gives LoRA's B its own learning rate, and no such B trains here. Attach a LoraConfig, "
+                          "or use a plain optimizer.")  # fmt: skip
+    found = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            lora = isinstance(module, LoraAdapter)
+            faster = (lora and parameter is module.B) or parameter.ndim == 1
+            found[parameter] = embedding if lora and module.embeds else ratio if faster else 1.0
+    return found
+
+
+def with_rates(optimizer: Optimizer, rates: Mapping[nn.Parameter, float]) -> Optimizer:
+    """The optimizer, each of its groups divided by how much of its learning rate a parameter has (1 where not given).
+
+    The groups are new, so that schedules must be made after this.
+    """
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        parts: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(rates.get(parameter, 1.0), []).append(parameter)
+        ordered = sorted(parts.items(), key=lambda part: part[0] != 1.0)  # the first group's rate is what is logged
+        groups += [{**group, "params": found, "lr": group["lr"] * rate} for rate, found in ordered]
+    optimizer.param_groups = groups
+    return optimizer
 
 
 class LoraFAOptimizer(AdamW):

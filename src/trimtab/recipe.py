@@ -15,6 +15,9 @@ keys of `method` are those of the method's config class; those of `training` are
     class_weights: balanced           or {label: weight}; for tasks that tell classes apart (objective.py)
     early_stopping_patience: 2        stop after so many evaluations without a better score (`metric_for_best_model`);
     early_stopping_threshold: 0.01    better is by more than this; 0 without
+    gradual_unfreezing: output        layer after layer joins, from the output or the input (layers.py),
+    unfreezing_ratio: 0.5             within this share of all steps; 1 without
+    layerwise_lr_decay: 0.9           each layer learns so much slower than the next one towards the output (layers.py)
     loraplus_lr_ratio: 16             LoRA's B learns so many times faster (optimizers.py)
 
 A key without a value means its default. What is wrong is said with file and line: nothing in a recipe is ignored.
@@ -68,10 +71,14 @@ OWN: dict[str, Any] = {
     "class_weights": (Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]], None),
     "early_stopping_patience": (int, Field(None, ge=1)),
     "early_stopping_threshold": (float, Field(None, ge=0)),
+    "gradual_unfreezing": (Literal["input", "output"], None),
+    "layerwise_lr_decay": (float, Field(None, gt=0)),
     "loraplus_lr_ratio": (float, Field(None, gt=0)),
+    "unfreezing_ratio": (float, Field(None, gt=0, le=1)),
 }
 
-NEEDS = {"early_stopping_threshold": "early_stopping_patience"}  # what means nothing alone
+# What means nothing alone.
+NEEDS = {"early_stopping_threshold": "early_stopping_patience", "unfreezing_ratio": "gradual_unfreezing"}
 
 WATCHING = ("reduce_lr_on_plateau", "greedy")  # schedules that go by the scores of evaluation,
 UNWARMED = ("constant", *WATCHING)  # and those that know no warmup

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from . import checkpoint, files
 from .errors import TrainingError
 from .model import PeftModel
 from .objective import IGNORED, Objective
+from .optimizers import with_rates
 
 BAD_BATCH = "bad_batch.safetensors"
 MEMORY = ("not enough memory", "can't allocate memory", "out of memory")  # what PyTorch says where it has no class
@@ -56,20 +57,27 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         output: Path,
         metrics: Callable[[Any, Any], dict[str, float]],
         objective: Objective | None = None,
+        rates: Mapping[nn.Parameter, float] | None = None,
         **settings: Any,
     ) -> None:
         """metrics: scores of an EvalPrediction and of the rows that it is of, in their order. objective: what is
-        minimized in place of the model's own loss."""
+        minimized in place of the model's own loss. rates: how much of the learning rate parameters have, if not all."""
         super().__init__(
             compute_metrics=lambda found: metrics(found, self.evaluated),
             compute_loss_func=self._loss if objective else None,
             **settings,
         )
         self.objective: Objective | None = objective
+        self.rates = rates
         self.evaluated: Any = None
         self.output = output
         self.batch: dict[str, Any] = {}
         self.remove_callback(transformers.PrinterCallback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        made = self.optimizer or with_rates(super().create_optimizer(model), self.rates or {})
+        self.optimizer: torch.optim.Optimizer = made
+        return made
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -18,12 +18,12 @@ import yaml
 from rich.text import Text
 from torch import Tensor
 
-from . import files, record, run
+from . import files, layers, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
 from .objective import Objective, class_weights
-from .optimizers import create_loraplus_optimizer
+from .optimizers import EMBEDDING_LR, loraplus_rates
 from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
@@ -90,14 +90,18 @@ def train(
         recipe.output,
         task.metrics,
         _objective(recipe, model, task, rows["train"]),
+        _rates(recipe, arguments, model),
         model=model,
         args=arguments,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=task.collate,
         preprocess_logits_for_metrics=task.reduced,
-        callbacks=[record.History(recipe.output / record.HISTORY, _steps(last)), *_stopping(recipe), *callbacks],
-        optimizers=(_optimizer(recipe, arguments, model), None),
+        callbacks=[
+            record.History(recipe.output / record.HISTORY, _steps(last)),
+            *_strategies(recipe, model),
+            *callbacks,
+        ],
     )
     # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the labels of all
     # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
@@ -342,15 +346,14 @@ def with_adapter(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> An
             raise ConfigError(f"{warning} The command `trimtab targets {recipe.model}` lists what there is.") from None
 
 
-def _optimizer(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any) -> torch.optim.Optimizer | None:
-    """LoRA+'s, where the recipe asks for it."""
-    ratio = recipe.training.get("loraplus_lr_ratio")
-    if ratio is None:
-        return None
-    chosen, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    return create_loraplus_optimizer(
-        model, chosen, loraplus_lr_ratio=ratio, loraplus_weight_decay=arguments.weight_decay, **settings
-    )
+def _rates(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any) -> dict[Any, float]:
+    """How much of the learning rate each parameter has, where the recipe makes a difference. Raises: ConfigError."""
+    found: dict[Any, float] = {}
+    if ratio := recipe.training.get("loraplus_lr_ratio"):
+        found = loraplus_rates(model, ratio, EMBEDDING_LR / arguments.learning_rate)
+    if decay := recipe.training.get("layerwise_lr_decay"):
+        found |= {parameter: rate * found.get(parameter, 1.0) for parameter, rate in layers.rates(model, decay).items()}
+    return found
 
 
 def _objective(recipe: Recipe, model: Any, task: Any, rows: Any) -> Objective | None:
@@ -358,20 +361,30 @@ def _objective(recipe: Recipe, model: Any, task: Any, rows: Any) -> Objective | 
     asked = {name: recipe.training[name] for name in CHANGES_LOSS if recipe.training.get(name)}
     if not asked:
         return None
-    config = model.peft_config["default"]
-    if config.makes_loss:
-        raise ConfigError(f"training.{next(iter(asked))}: {type(config).__name__} makes a loss of its own. "
-                          "Leave out the one or the other.")  # fmt: skip
+    _refuse(model, next(iter(asked)), "makes_loss", "makes a loss of its own")
     weights = asked.get("class_weights")
     return Objective(
         asked.get("label_smoothing_factor", 0.0), weights and class_weights(weights, task.labels, rows["labels"])
     )
 
 
-def _stopping(recipe: Recipe) -> list[transformers.TrainerCallback]:
-    patience = recipe.training.get("early_stopping_patience")
-    threshold = recipe.training.get("early_stopping_threshold", 0.0)
-    return [] if patience is None else [transformers.EarlyStoppingCallback(patience, threshold)]
+def _refuse(model: Any, key: str, trait: str, reason: str) -> None:
+    """Raise a ConfigError where one of the recipe's methods has a trait beside which the key means nothing."""
+    config = model.peft_config["default"]
+    for method in (config, *config.union_of()):
+        if getattr(method, trait):
+            raise ConfigError(f"training.{key}: {type(method).__name__} {reason}. Leave out the one or the other.")
+
+
+def _strategies(recipe: Recipe, model: Any) -> list[transformers.TrainerCallback]:
+    """What acts between the steps, as the recipe asks. Raises: ConfigError."""
+    asked, found = recipe.training, list[transformers.TrainerCallback]()
+    if patience := asked.get("early_stopping_patience"):
+        found.append(transformers.EarlyStoppingCallback(patience, asked.get("early_stopping_threshold", 0.0)))
+    if begin := asked.get("gradual_unfreezing"):
+        _refuse(model, "gradual_unfreezing", "compares_layers", "compares all layers, which must train at once")
+        found.append(layers.GradualUnfreezing(model, begin, asked.get("unfreezing_ratio", 1.0)))
+    return found
 
 
 def scores(trainer: Trainer, rows: Any) -> dict[str, float]:

@@ -93,6 +93,7 @@ class AdaLoraConfig(TargetConfig):
         **LoraConfig.hf_only, **{name: field.default for name, field in LoraConfig.model_fields.items()}
     }  # fmt: skip
     example: ClassVar[dict[str, Any]] = {"total_step": 1000}
+    compares_layers: ClassVar[bool] = True
     found_in_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
     target_r: int = Field(default=8, ge=1)

@@ -147,10 +147,6 @@ class UnionConfig(SavedModulesConfig):
                 names = " and ".join(self.methods[number].peft_type for number in parts)
                 raise TargetError(f"{path} is trained whole, and {names} would adapt it too. Leave it out of one.")
 
-    @property
-    def makes_loss(self) -> bool:
-        return any(method.makes_loss for method in self.methods)
-
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         terms = [method.penalty(own) for method, own in self._own(adapters)]
         found = [term for term in terms if term is not None]

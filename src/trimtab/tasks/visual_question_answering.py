@@ -40,7 +40,7 @@ class VisualQuestionAnswering(ImageTextTask, MediaClassification):
             kind = AutoConfig.from_pretrained(model).model_type
         if kind != "vilt":
             raise ConfigError(f"{model} is a {kind} model, which has no class for each answer, as ViLT has.")
-        labels = classes({split: found["label"] for split, found in cells.items()}, data)
+        labels = classes(cells["train"]["label"], data)
         reader = cls.load_reader(model)
         return cls(names, reader, labels, TextTask.limit(data, model, reader.tokenizer))
 
@@ -48,7 +48,7 @@ class VisualQuestionAnswering(ImageTextTask, MediaClassification):
         self.check(cells["file"])
         if cut := sum(len(ids) > self.max_length for ids in self.reader.tokenizer(cells["text"]).input_ids):
             say(f"{split}: {cut} of {len(cells['text'])} texts cut to {self.max_length} tokens")
-        return self.encoded(cells, text=cells["text"])
+        return self.encoded(cells, split, text=cells["text"])
 
     def show(self, row: dict[str, Any]) -> list[Piece]:
         return [(collection.title(row["file"]), False), (row["text"], False), (self.labels[row["labels"]], True)]
