@@ -17,11 +17,11 @@ import yaml
 from rich.text import Text
 from torch import Tensor
 
-from . import files, layers, record, run
+from . import distillation, files, layers, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
-from .objective import Objective, class_weights
+from .objective import Distillation, Objective, class_weights
 from .optimizers import EMBEDDING_LR, loraplus_rates
 from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
@@ -33,7 +33,7 @@ from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
-CHANGES_LOSS = ("label_smoothing_factor", "class_weights")  # the keys of training that objective.py is about
+CHANGES_LOSS = ("class_weights", "distillation", "label_smoothing_factor")  # what objective.py is about
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
 
@@ -77,7 +77,7 @@ def train(
     trainer = RunTrainer(
         recipe.output,
         task.metrics,
-        _objective(recipe, model, task, rows["train"]),
+        _objective(recipe, arguments, model, task, rows["train"]),
         _rates(recipe, arguments, model),
         model=model,
         args=arguments,
@@ -140,7 +140,10 @@ def _resolved(recipe: Recipe, task: Task) -> Recipe:
     """The recipe with all that was guessed or left to defaults, and what it is made with."""
     data = recipe.data
     given = {"train": data.train, "validation": data.validation, "test": data.test}
-    made = record.made_with(recipe.model, {split: path for split, path in given.items() if isinstance(path, Path)})
+    taught = {"teacher": recipe.training["distillation"]["teacher"]} if "distillation" in recipe.training else {}
+    made = record.made_with(
+        {"model": recipe.model, **taught}, {split: path for split, path in given.items() if isinstance(path, Path)}
+    )
     filled = {"data": data.model_copy(update={"columns": task.names}), "training": _settings(recipe)}
     return recipe.model_copy(update={**filled, "made_with": made})
 
@@ -290,15 +293,19 @@ def _rates(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any
     return found
 
 
-def _objective(recipe: Recipe, model: Any, task: Any, rows: Any) -> Objective | None:
+def _objective(
+    recipe: Recipe, arguments: transformers.TrainingArguments, model: Any, task: Any, rows: Any
+) -> Objective | None:
     """What is minimized, where the recipe asks for more than the model's own loss. Raises: ConfigError."""
     asked = {name: recipe.training[name] for name in CHANGES_LOSS if recipe.training.get(name)}
     if not asked:
         return None
     _refuse(model, next(iter(asked)), "makes_loss", "makes a loss of its own")
-    weights = asked.get("class_weights")
+    weights, taught = asked.get("class_weights"), asked.get("distillation")
     return Objective(
-        asked.get("label_smoothing_factor", 0.0), weights and class_weights(weights, task.labels, rows["labels"])
+        asked.get("label_smoothing_factor", 0.0),
+        weights and class_weights(weights, task.labels, rows["labels"]),
+        taught and distillation.load(Distillation(**taught), task, model.dtype, arguments.device),
     )
 
 
