@@ -41,4 +41,4 @@ bench: $(STAMP)
 	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py "$(SST2)"
 
 docs: $(STAMP)
-	@$(BIN)/python -m trimtab.catalog docs/methods.md
+	@$(BIN)/python -m trimtab.catalog docs/methods.md docs/benchmarks/methods.md

@@ -81,6 +81,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def trimtab(*arguments: object) -> int:
+    """Run a command line in this process; its exit code."""
+    from trimtab.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
 def review(i: int) -> tuple[str, str]:
     """The i-th of an endless series of reviews, and its class."""
     good = i % 2 == 0

@@ -13,7 +13,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 
 
 def test_the_page_is_what_make_docs_makes() -> None:
-    assert PAGE.read_text(encoding="utf-8") == catalog.page(), "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == catalog.page(
+        (PAGE.parent / "benchmarks" / "methods.md").read_text(encoding="utf-8")
+    ), "run `make docs`"
 
 
 def test_every_method_has_a_line_and_says_what_it_is() -> None:

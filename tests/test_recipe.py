@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
+from conftest import review, write_csv
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from trimtab import recipe as recipes
-from trimtab.errors import RecipeError
+from trimtab.errors import DataError, RecipeError
+from trimtab.training import train
 
 GOOD = """\
 task: text-classification
@@ -243,3 +246,37 @@ def test_training_offers_what_trainingarguments_has(kind: type[TrainingArguments
         value = getattr(defaults[name], "value", defaults[name])
         if isinstance(value, bool | int | float | str) and not (name in recipes.POSITIVE and value <= 0):
             offered.model_validate({name: value})
+
+
+def hub(folder: Path) -> Path:
+    """A folder that `datasets.load_dataset` takes for a dataset with two parts."""
+    (folder / "data").mkdir(parents=True)
+    for split, first in (("train", 0), ("test", 24)):
+        write_csv(folder / "data" / f"{split}.csv", [review(i) for i in range(first, first + 24)])
+    return folder
+
+
+def test_rows_may_be_a_dataset_of_the_hub(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = str(hub(tmp_path / "hub"))
+    settings = [f"data.train={{path: {path}}}", f"data.test={{path: {path}, split: test}}"]
+    found = recipes.read(recipe, settings)
+    said: list[str] = []
+    result = train(found, lambda line: said.append(str(line)))
+    assert "train: 24 rows read, 24 kept" in said
+    assert result.metrics["rows"] == {"train": 18, "validation": 6, "test": 24}
+    written = recipes.read(result.folder / "recipe.yaml")
+    assert written.data.sources == found.data.sources
+    assert written.made_with is not None
+    assert written.made_with["test"] == f"{path}, test"
+
+
+def test_wrong_datasets_of_the_hub(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(RecipeError, match=r"data.train has no key 'spilt'. Did you mean 'split'"):
+        recipes.read(recipe, ["data.train={path: a/b, spilt: test}"])
+    path = hub(tmp_path / "hub")
+    with pytest.raises(DataError, match=r"The dataset .*hub, tset cannot be loaded: Unknown split \"tset\""):
+        train(recipes.read(recipe, [f"data.train={{path: {path}, split: tset}}"]), lambda _: None)
+    with pytest.raises(DataError, match=r"The dataset nobody/nothing, train cannot be loaded: "):
+        train(recipes.read(recipe, ["data.train={path: nobody/nothing}"]), lambda _: None)

@@ -179,7 +179,7 @@ def test_rows_with_nothing_to_learn(tmp_path: Path, bert: Path) -> None:
     assert "too few to set 0.1 aside" in refusal(bert, train=few)
     strange = write_csv(tmp_path / "strange.csv", [("film", "sideways")])
     good = write_csv(tmp_path / "good.csv", ROWS)
-    assert "The test rows have the label 'sideways'" in refusal(bert, train=good, test=strange)
+    assert "test: the label 'sideways' is none that was trained on: " in refusal(bert, train=good, test=strange)
     numbers = write_csv(tmp_path / "numbers.csv", [(f"film {i}", i / 7) for i in range(60)])
     assert "labels in" in refusal(bert, train=numbers)
 

@@ -89,7 +89,7 @@ def test_rows_that_do_not_fit(tmp_path: Path, bert: Path) -> None:
     assert "3 words have 2 tags in the row that starts 'a b c'" in refusal(bert, short, tmp_path)
     assert "has one tag only, 'O'" in refusal(bert, [{"tokens": ["a"], "tags": ["O"]}], tmp_path)
     path, other = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", [{"tokens": ["a"], "tags": ["B-new"]}])
-    with pytest.raises(DataError, match="The test rows have the tag 'B-new', which no training row has"):
+    with pytest.raises(DataError, match="test: the label 'B-new' is none that was trained on: "):
         prepare(bert, train=path, test=other)
 
 

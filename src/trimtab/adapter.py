@@ -202,6 +202,7 @@ class PeftConfig(BaseModel, ABC):
     trains: ClassVar[str]  # for the list of methods: what it trains, in a few words,
     when: ClassVar[str]  # when to use it,
     evidence: ClassVar[str]  # its strengths and weaknesses, and who has shown them
+    relative_rate: ClassVar[float] = 1.0  # the learning rate that suits it, in LoRA's (docs/benchmarks/methods.md)
     hf_root: ClassVar[str] = "base_model.model."  # what HF PEFT puts before a module's name
     hf_prefix: ClassVar[str] = ""  # with which HF PEFT's names of this method's weights begin
     hf_only: ClassVar[dict[str, Any]] = {}  # HF PEFT's keywords not offered here -> the value that switches them off

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .adapter import HEADS
+from .targets import adaptable, is_linear
 from .tasks.models import loading
 
 
@@ -23,6 +25,15 @@ def outline(model: str) -> Any:
         if named and named[0] is not None:
             return named[0](config)
         return transformers.AutoModel.from_config(config)
+
+
+def usual_ends(model: Any) -> list[str]:
+    """The last parts of the names of the linear layers outside the head, or where there are none, of all layers."""
+    heads = {"lm_head", *(head for names in HEADS.values() for head in names)}
+    modules = dict(model.named_modules())
+    layers = [name for name in adaptable(model) if heads.isdisjoint(name.split("."))]
+    linear = [name for name in layers if is_linear(modules[name])]
+    return sorted({name.rsplit(".", 1)[-1] for name in linear or layers})
 
 
 @dataclass(frozen=True)

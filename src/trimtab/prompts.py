@@ -191,11 +191,11 @@ class PromptLearningConfig(SavedModulesConfig):
     hf_root: ClassVar[str] = "base_model."
     hf_prefix: ClassVar[str] = FLAT
 
-    num_virtual_tokens: int | None = Field(None, ge=1)
-    token_dim: int | None = Field(None, ge=1)
-    num_transformer_submodules: int | None = Field(None, ge=1, le=2)
-    num_attention_heads: int | None = Field(None, ge=1)
-    num_layers: int | None = Field(None, ge=1)
+    num_virtual_tokens: int | None = Field(default=None, ge=1)
+    token_dim: int | None = Field(default=None, ge=1)
+    num_transformer_submodules: int | None = Field(default=None, ge=1, le=2)
+    num_attention_heads: int | None = Field(default=None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
 
     def resolved(self, model: nn.Module) -> Self:
         config = super().resolved(model)

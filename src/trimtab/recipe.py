@@ -1,6 +1,6 @@
 """The recipe of a training run: a YAML file, every key known and every value of the right type.
 
-    task: text-classification
+    task: text-classification  # guessed from the data where it is not given
     model: path or hub id
     data: {train: train.csv, validation: 0.1, test: test.csv, columns: {text: review, label: stars}, max_length: 256}
     method: {name: lora, r: 8}
@@ -8,9 +8,9 @@
     training: {epochs: 3, batch_size: 16, learning_rate: 5e-4, seed: 0}
     output: runs/reviews
 
-Relative paths are relative to the recipe. The keys of `method` are those of the method's config class; those of
-`training` are `transformers.TrainingArguments`' own (`Seq2SeqTrainingArguments`' for tasks that generate), the short
-names in `SHORT`, and these:
+Relative paths are relative to the recipe; `train: {path: stanfordnlp/sst2, split: train}` is a dataset of the hub. The
+keys of `method` are those of the method's config class; those of `training` are `transformers.TrainingArguments`' own
+(`Seq2SeqTrainingArguments`' for tasks that generate), the short names in `SHORT`, and these:
 
     class_weights: balanced           or {label: weight}; for tasks that tell classes apart (objective.py)
     distillation: {teacher: bigger, temperature: 2.0, weight: 0.5}    learn from a model, or a run, too (objective.py)
@@ -26,7 +26,7 @@ A key without a value means its default. What is wrong is said with file and lin
 
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -38,12 +38,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from .adapter import PeftConfig
 from .errors import ConfigError, RecipeError
 from .methods import METHODS
+from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .objective import Distillation
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
+from .tasks.augmentation import Augment
+from .tasks.columns import Say
 from .tasks.models import Quantization
-from .tasks.task import FILES, RecipePath
+from .tasks.paths import HubDataset, RecipePath
+from .tasks.task import FILES
 
 SHORT = {
     "epochs": "num_train_epochs",
@@ -94,14 +98,14 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task: str
+    task: str = ""  # guessed from the data
     model: str
     data: Data
     method: dict[str, Any] | list[dict[str, Any]] = {"name": "lora"}
     quantization: Quantization = "none"
     training: dict[str, Any] = {}
     output: RecipePath
-    made_with: dict[str, str] = {}  # in the recipe of a finished run: versions and hashes of what went in
+    made_with: dict[str, str] | None = None  # in the recipe of a finished run: versions and hashes of what went in
 
     @field_validator("method", mode="before")
     @classmethod
@@ -118,13 +122,23 @@ class Recipe(BaseModel):
         return self.method if isinstance(self.method, list) else [self.method]
 
     @property
+    def relative_rate(self) -> float:
+        """The learning rate that suits the method, in LoRA's; of a union the least."""
+        return min(METHODS[method["name"]].relative_rate for method in self.methods)
+
+    @property
     def seed(self) -> int:
         return int(self.training.get("seed", 0))
 
-    def config(self, **more: Any) -> PeftConfig:
-        """The method's config, with settings that the recipe does not have. Raises: ConfigError."""
-        if isinstance(self.method, list):
-            return UnionConfig(methods=[_made(method) for method in self.method], **more)
+    def config(self, tokens: Sequence[int] = (), **more: Any) -> PeftConfig:
+        """The method's config, with settings that the recipe does not have; beside tokens that are trained, a union.
+
+        Raises:
+            ConfigError: settings that do not go together.
+        """
+        beside = [TrainableTokensConfig(token_indices=list(tokens))] if tokens else []
+        if isinstance(self.method, list) or beside:
+            return UnionConfig(methods=[*map(_made, self.methods), *beside], **more)
         return _made({**self.method, **more})
 
     def write(self, path: Path) -> None:
@@ -136,34 +150,71 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, text: str | None = None) -> Recipe:
     """The recipe in a file, with `training.epochs=1` and the like put in place of what it says.
 
+    Args:
+        say: gets a line where the task is guessed. text: what the file would hold, if there were one.
     Raises:
         RecipeError: a file that is no recipe, an unknown key at any depth, or a value of the wrong type.
+        DataError: no task is named, and the data are for none.
     """
-    file = RecipeFile(path)
+    file = RecipeFile(path, text)
     for override in overrides:
         file.set(override)
     file.check_keys((), Recipe.model_fields)
     file.check_keys(("data",), Data.model_fields)
+    for split in ("train", "validation", "test"):
+        if file.is_mapping(("data", split)):
+            file.check_keys(("data", split), HubDataset.model_fields)
     file.check_keys(("training",), None)
     file.check_keys(("data", "columns"), None)
+    file.check_keys(("data", "augment"), Augment.model_fields)
     try:
         recipe = Recipe.model_validate(file.value(), context={"folder": path.absolute().parent})
     except ValidationError as error:
         raise _first(file, error) from None
+    recipe.model = _model(file, ("model",), recipe.model)
+    if not recipe.task:
+        from .propose import task_of  # which imports transformers
+
+        recipe.task = task_of(recipe.data, recipe.model)
+        say(f"Task guessed: {recipe.task} (task: changes this)")
     file.check_choice(("task",), recipe.task, TASKS)
     file.check_keys(("data", "columns"), TASKS[recipe.task].usual)
     for key in recipe.data.model_fields_set - FILES - TASKS[recipe.task].reads:
         raise file.error(("data", key), f"data.{key} is of no use to {recipe.task}.")
+    for i, reason in enumerate(recipe.data.drop or ()):
+        if reason not in TASKS[recipe.task].drops:
+            raise file.error(("data", "drop", i), f"data.drop: {reason} is of no use to {recipe.task}.")
     _check_methods(file, recipe)
     recipe.training = _training(file, recipe.training, TASKS[recipe.task].generates)
     _check_together(file, recipe)
-    recipe.model = _model(file, ("model",), recipe.model)
     if taught := recipe.training.get("distillation"):
         taught["teacher"] = _model(file, ("training", "distillation", "teacher"), taught["teacher"])
     return recipe
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe. Of what depends on the task, all is allowed; `read` knows better."""
+    found = Recipe.model_json_schema()
+    training = _training_model(True).model_json_schema()
+    training["properties"] |= {short: training["properties"][long] for short, long in SHORT.items()}
+    one: dict[str, Any] = {"anyOf": [{"enum": list(METHODS)}]}
+    for name, config in METHODS.items():
+        method = config.model_json_schema()
+        settings = {key: value for key, value in method["properties"].items() if key not in FILLED_IN}
+        method |= {"properties": {"name": {"const": name}, **settings}, "required": ["name"]}
+        found["$defs"] |= method.pop("$defs", {})
+        one["anyOf"].append(method)
+    found["$defs"] |= training.pop("$defs", {})
+    found["properties"] |= {
+        "task": {"enum": list(TASKS)},
+        "method": {"anyOf": [one, {"type": "array", "items": one}]},
+        "training": training,
+    }
+    del found["properties"]["made_with"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 
 def _model(file: RecipeFile, at: Loc, name: str) -> str:

@@ -34,10 +34,11 @@ class RecipeFile:
         RecipeError: a file that is not there, is no YAML, or no mapping; a key that is there twice.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, text: str | None = None) -> None:
+        """text: what is in the file, where that is known."""
         self.path = path
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8") if text is None else text
         except FileNotFoundError:
             beside = sorted(other.name for end in ("*.yaml", "*.yml") for other in path.parent.glob(end))
             raise RecipeError(f"There is no recipe {path}.{did_you_mean(path.name, beside)}") from None
@@ -100,6 +101,9 @@ class RecipeFile:
             if known is not None and key.value not in options:
                 hint = did_you_mean(key.value, options)
                 raise self.error((*at, key.value), f"{self.name(at)} has no key {key.value!r}.{hint}")
+
+    def is_mapping(self, at: Loc) -> bool:
+        return isinstance(self._node(at), MappingNode)
 
     def check_choice(self, at: Loc, value: Any, options: Collection[str]) -> None:
         if value not in options:

@@ -43,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def made_with(models: dict[str, str], files: dict[str, Path]) -> dict[str, str]:
+def made_with(models: dict[str, str], files: dict[str, Any]) -> dict[str, str]:
     """Versions, and SHA-256 of the models and of the data, by name."""
     packages = ("trimtab", "torch", "transformers", "accelerate", "datasets")
     found = {name: version(name) for name in packages}
@@ -54,7 +54,12 @@ def made_with(models: dict[str, str], files: dict[str, Path]) -> dict[str, str]:
         else:
             config = transformers.AutoConfig.from_pretrained(model)
             found[name] = f"revision {getattr(config, '_commit_hash', None)}"
-    return found | {split: _hash(_inside(path)) for split, path in files.items()}
+    return found | hashes(files)
+
+
+def hashes(files: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of files, or of all that is in folders, by name; datasets of the hub as they are named."""
+    return {name: _hash(_inside(path)) if isinstance(path, Path) else str(path) for name, path in files.items()}
 
 
 def _inside(path: Path) -> Iterable[Path]:
@@ -72,12 +77,17 @@ def _hash(paths: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
 
-def write(folder: Path, title: str, recipe: str, metrics: dict[str, Any], config: dict[str, Any]) -> None:
-    """The plot, the page and the model card of a run, from its history and metrics."""
+def write(
+    folder: Path, title: str, recipe: str, metrics: dict[str, Any], config: dict[str, Any], data: list[str]
+) -> None:
+    """The plot, the page and the model card of a run, from its history and metrics.
+
+    data: what was said of the rows: how many were read, dropped, cut.
+    """
     history = read(folder / HISTORY)
     picture = _plot(history, title)
     (folder / PLOT).write_bytes(picture)
-    (folder / REPORT).write_text(_page(title, recipe, metrics, picture), encoding="utf-8")
+    (folder / REPORT).write_text(_page(title, recipe, metrics, picture, data), encoding="utf-8")
     (folder / CARD).write_text(_card(title, recipe, metrics, config), encoding="utf-8")
 
 
@@ -106,7 +116,7 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
-def _page(title: str, recipe: str, metrics: dict[str, Any], picture: bytes) -> str:
+def _page(title: str, recipe: str, metrics: dict[str, Any], picture: bytes, data: list[str]) -> str:
     header, *scores = rows(metrics)
     plain = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
     image = base64.b64encode(picture).decode()
@@ -118,6 +128,8 @@ text-align: left }} pre {{ background: #f4f4f4; padding: 1rem; overflow-x: auto 
 {_table([header, *scores])}
 <img alt="loss by step" src="data:image/png;base64,{image}">
 {_table([("", ""), *((name, f"{value:,}") for name, value in plain.items())])}
+<h2>Data</h2>
+<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in data)}</ul>
 <h2>Recipe</h2>
 <pre>{html.escape(recipe)}</pre>
 </body></html>

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,7 +18,7 @@ def summary(metrics: dict[str, Any]) -> Table:
     guessed = metrics["majority"][split]
     for name in [name for name in metrics[split] if name != "loss"]:
         if name in guessed:
-            table.add_row(f"{name}, always the commonest class", f"{guessed[name]:.3f}")
+            table.add_row(f"{name}, without a model", f"{guessed[name]:.3f}")
         start = "untrained head" if guessed else "before training"
         table.add_row(f"{name}, {start}", f"{metrics['untrained'][split][name]:.3f}")
         table.add_row(f"{name}, tuned", f"[bold]{metrics[split][name]:.3f}[/bold]", end_section=True)
@@ -27,6 +28,27 @@ def summary(metrics: dict[str, Any]) -> Table:
     table.add_row("time", f"{metrics['seconds']:.0f} s")
     table.add_row("peak memory", size(metrics["peak_memory_bytes"]))
     return table
+
+
+def intervals(found: Any) -> Table:
+    """The scores of an evaluation."""
+    table = Table("score", "", "95 % interval", title=f"{found.rows:,} rows", title_justify="left")
+    for name, value in found.scores.items():
+        low, high = found.intervals[name]
+        table.add_row(name, f"[bold]{value:.3f}[/bold]", f"{low:.3f} to {high:.3f}")
+    return table
+
+
+def plan(planned: Any) -> str:
+    """The recipe as it would be run, and what that comes to."""
+    written = yaml.safe_dump(planned.recipe.plain(), sort_keys=False, allow_unicode=True)
+    trained, total = planned.trainable_parameters, planned.total_parameters
+    facts = [
+        ("rows", ", ".join(f"{split} {count:,}" for split, count in planned.rows.items())),
+        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
+        ("steps", f"{planned.steps:,}"),
+    ]
+    return f"\nThe recipe, with what was guessed or left to defaults:\n\n{written}\n{columns(facts)}"
 
 
 def predictions(inputs: Sequence[Any], answers: Sequence[dict[str, Any]]) -> Table:

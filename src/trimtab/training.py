@@ -2,11 +2,12 @@
 
 import gc
 import json
+import math
 import resource
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task
+from .tasks.augmentation import Augmenter
 from .tasks.columns import Say
 from .tasks.task import Piece
 from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
@@ -51,6 +53,7 @@ def train(
     callbacks: Iterable[transformers.TrainerCallback] = (),
     resume: bool = False,
     overwrite: bool = False,
+    augmenters: Sequence[Augmenter] = (),
 ) -> Result:
     """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
 
@@ -60,19 +63,28 @@ def train(
         resume: go on from the last checkpoint of a run of the same recipe that did not finish. On the CPU the result
             is that of a run without a break, bit for bit.
         overwrite: throw such a run away, which otherwise is refused.
+        augmenters: each gives one more version of every training text, such as a translation there and back. They are
+            called again when a run is gone on with, and must give the same then.
     Raises:
         DataError, ConfigError, TargetError: before training starts. TrainingError: a loss or gradient that cannot be
         right, weights that do not change, or too little memory. CheckpointError: the saved adapter does not predict
         what the trained one does, or an unfinished run, or one that cannot be gone on with.
     """
     started = time.perf_counter()
-    arguments = _arguments(recipe)
+    arguments = arguments_of(recipe)
+    _make_folder(recipe.output)
     transformers.set_seed(recipe.seed)
-    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
+    noted: list[str] = []
+
+    def note(line: Any) -> None:
+        noted.append(str(line))
+        say(line)
+
+    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note, augmenters)
     recipe = _resolved(recipe, task)
+    recipe.made_with = _made_with(recipe, augmenters)
     last = _unfinished(recipe, resume, overwrite)
-    for i in range(min(2, len(rows["train"]))):
-        say(_example(f"Example {i + 1}, what is learned in brackets: ", task.show(rows["train"][i])))
+    _show_examples(task, rows["train"], say)
     model = adapted(recipe, task)
     trainer = RunTrainer(
         recipe.output,
@@ -131,21 +143,62 @@ def train(
     metrics["peak_memory_bytes"] = _peak_memory()
     (recipe.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     written = (recipe.output / RECIPE).read_text(encoding="utf-8")
-    record.write(recipe.output, recipe.output.name, written, metrics, config)
+    record.write(recipe.output, recipe.output.name, written, metrics, config, noted)
     shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
     return Result(recipe.output, metrics)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What `train` would do: the recipe with all that it leaves open, and how much that is."""
+
+    recipe: Recipe
+    rows: dict[str, int]
+    trainable_parameters: int
+    total_parameters: int
+    steps: int
+
+
+def planned(recipe: Recipe, say: Say = print) -> Planned:
+    """What `train` would do with this recipe, in one process. No weights are loaded and nothing is written.
+
+    Modules that the pretrained model turns out to lack, beside the usual heads, are not yet counted as trained.
+
+    Raises: what `train` raises before it loads the model.
+    """
+    arguments = arguments_of(recipe)
+    task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
+    recipe = _resolved(recipe, task)
+    _show_examples(task, rows["train"], say)
+    with torch.device("meta"):
+        model = with_adapter(recipe, task, task.outline(recipe.model), [])
+    trainable, total = model.get_nb_trainable_parameters()
+    batches = math.ceil(len(rows["train"]) / arguments.per_device_train_batch_size)
+    each = math.ceil(batches / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * each)
+    return Planned(recipe, {split: task.count(found) for split, found in rows.items()}, trainable, total, steps)
+
+
+def _show_examples(task: Task, rows: Any, say: Say) -> None:
+    for i in range(min(2, len(rows))):
+        say(_example(f"Example {i + 1}, what is learned in brackets: ", task.show(rows[i])))
+
+
 def _resolved(recipe: Recipe, task: Task) -> Recipe:
-    """The recipe with all that was guessed or left to defaults, and what it is made with."""
-    data = recipe.data
-    given = {"train": data.train, "validation": data.validation, "test": data.test}
+    """The recipe with all that was guessed or left to defaults."""
+    data = recipe.data.model_copy(update={"columns": task.names})
+    return recipe.model_copy(update={"data": data, "training": settings_of(recipe)})
+
+
+def _made_with(recipe: Recipe, augmenters: Sequence[Augmenter]) -> dict[str, str]:
+    files = recipe.data.sources
+    if recipe.data.augment and recipe.data.augment.synonyms:
+        files["synonyms"] = recipe.data.augment.synonyms
     taught = {"teacher": recipe.training["distillation"]["teacher"]} if "distillation" in recipe.training else {}
-    made = record.made_with(
-        {"model": recipe.model, **taught}, {split: path for split, path in given.items() if isinstance(path, Path)}
-    )
-    filled = {"data": data.model_copy(update={"columns": task.names}), "training": _settings(recipe)}
-    return recipe.model_copy(update={**filled, "made_with": made})
+    made = record.made_with({"model": recipe.model, **taught}, files)
+    if augmenters:
+        made["augmenters"] = ", ".join(getattr(one, "__name__", type(one).__name__) for one in augmenters)
+    return made
 
 
 def _unfinished(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
@@ -202,10 +255,10 @@ def _example(title: str, pieces: Iterable[Piece]) -> Text:
     return shown
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's training settings over defaults for small data: evaluate each epoch, keep the best checkpoint.
 
-    The learning rate is the LoRA paper's for RoBERTa base (table 9): ten times and more that of full fine-tuning.
+    The learning rate is the LoRA paper's for RoBERTa base (table 9), times what suits the method better.
     """
     evaluated, task = recipe.training.get("eval_strategy", "epoch"), TASKS[recipe.task]
     best: dict[str, Any] = {"metric_for_best_model": task.metric, "greater_is_better": task.higher_is_better}
@@ -215,7 +268,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "num_train_epochs": 3.0,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
-        "learning_rate": 5e-4,
+        "learning_rate": 5e-4 * recipe.relative_rate,
         "lr_scheduler_type": "linear",
         **({} if recipe.training.get("lr_scheduler_type") in UNWARMED else {"warmup_steps": 0.1}),
         "eval_strategy": evaluated,
@@ -231,11 +284,12 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
+def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
+    """What transformers' Trainer is told. Raises: ConfigError."""
     settings: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),  # without a graphics card it only warns
         "use_cpu": not torch.accelerator.is_available(),  # without it bf16 is refused there
-        **_settings(recipe),
+        **settings_of(recipe),
         "output_dir": str(recipe.output / CHECKPOINTS),
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
@@ -247,18 +301,22 @@ def _arguments(recipe: Recipe) -> transformers.TrainingArguments:
     for own in (*OWN, "label_smoothing_factor"):  # what this module and objective.py do themselves
         settings.pop(own, None)
     try:
-        recipe.output.mkdir(parents=True, exist_ok=True)
         arguments = transformers.Seq2SeqTrainingArguments(**settings)
         if arguments.lr_scheduler_type in WATCHING:  # else it would take a growing accuracy for a growing loss
             mode = "max" if arguments.greater_is_better else "min"
             arguments.lr_scheduler_kwargs = {**settings.get("lr_scheduler_kwargs", {}), "mode": mode}
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         _try_schedule(arguments)
-    except OSError as error:
-        raise ConfigError(f"The output folder {recipe.output} cannot be made: {error.strerror}.") from None
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from None
     return arguments
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The output folder {output} cannot be made: {error.strerror}.") from None
 
 
 def _try_schedule(arguments: transformers.TrainingArguments) -> None:
@@ -273,8 +331,14 @@ def adapted(recipe: Recipe, task: Task) -> Any:
     model, fresh = run.base(recipe, task)
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return with_adapter(recipe, task, model, fresh)
+
+
+def with_adapter(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> Any:
+    """The model with a new adapter and with `fresh`, modules that are new themselves, to be trained."""
     named = [name for method in recipe.methods for name in method.get("modules_to_save", ())]
-    config = recipe.config(task_type=task.task_type, modules_to_save=list(dict.fromkeys([*named, *fresh])) or None)
+    whole = list(dict.fromkeys([*named, *fresh])) or None
+    config = recipe.config(task.tokens(), task_type=task.task_type, modules_to_save=whole)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PartialTargetWarning)
         try:

@@ -6,11 +6,17 @@ from typing import Annotated
 import typer
 
 from ..errors import TrimtabError
+from .chat import chat
+from .compare import compare
 from .demo import demo
+from .doctor import doctor
+from .evaluate import evaluate
+from .init import init
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
 from .predict import predict
+from .recipes import recipes
 from .targets import targets
 from .train import train
 
@@ -20,8 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune pretrained models by training a small adapter and leaving the model alone.",
 )
-for verb in (demo, train, predict, merge, inspect, targets, methods):
-    app.command(no_args_is_help=verb not in (demo, methods))(verb)
+for verb in (demo, init, train, evaluate, predict, chat, compare, merge, inspect, targets, methods, doctor):
+    app.command(no_args_is_help=verb not in (demo, methods, doctor))(verb)
+app.add_typer(recipes, name="recipes")
 
 
 def _version(wanted: bool) -> None:

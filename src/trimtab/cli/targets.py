@@ -13,10 +13,9 @@ def targets(model: Annotated[str, typer.Argument(help="A model's folder, or its 
     from .quiet import quiet
 
     quiet()
-    from ..adapter import HEADS
-    from ..outline import fold, outline
+    from ..outline import fold, outline, usual_ends
     from ..report import columns
-    from ..targets import adaptable, is_linear
+    from ..targets import adaptable
 
     found = outline(model)
     modules = dict(found.named_modules())
@@ -24,9 +23,7 @@ def targets(model: Annotated[str, typer.Argument(help="A model's folder, or its 
     for name, layout in adaptable(found).items():
         kernel = f", kernel {' x '.join(map(str, layout.kernel))}" if layout.kernel else ""
         shown[name] = f"{type(modules[name]).__name__}  {layout.into} -> {layout.out}{kernel}"
-    heads = {"lm_head", *(head for names in HEADS.values() for head in names)}
-    ends = {name.rsplit(".", 1)[-1] for name in shown if is_linear(modules[name])} - heads
     print(f"{type(found).__name__}: {len(shown)} layers that adapters fit on\n")
     print(columns([(line.name, line.what, f"x{line.count}") for line in fold(shown)]))
-    print(f"\ntarget_modules: [{', '.join(sorted(ends))}]")
+    print(f"\ntarget_modules: [{', '.join(usual_ends(found))}]")
     print("An entry means every layer whose name ends in it; all-linear means every linear layer but the head.")

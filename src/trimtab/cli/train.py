@@ -1,4 +1,4 @@
-"""`trimtab train`: from a recipe to an adapter that was checked."""
+"""`trimtab train`: from a recipe, or from data and a model alone, to an adapter that was checked."""
 
 from functools import partial
 from pathlib import Path
@@ -8,29 +8,44 @@ import typer
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|DATA", help="A recipe (.yaml), or the data to train on.")],
+    model: Annotated[str | None, typer.Option(help="With data: the model's folder, or its id on the hub.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Put a value in place of the recipe's.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that did not finish.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Throw away a run that did not finish.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show what would be done; load no weights, write nothing.")] = False,
 ) -> None:
-    """Fine-tune a model as a recipe says.
+    """Fine-tune a model as a recipe says, or with none: trimtab train reviews.csv --model my-model
 
     For example: trimtab train recipe.yaml --set training.epochs=1
     """
+    from ..errors import ConfigError
+
+    is_recipe = recipe.suffix in (".yaml", ".yml")
+    if is_recipe == (model is not None):
+        wanted = (
+            "has its model in it: --set model=MODEL changes it" if is_recipe else "needs --model MODEL, or a recipe"
+        )
+        raise ConfigError(f"{recipe} {wanted}.")
     from .quiet import quiet
 
     quiet()
     from rich.console import Console
 
+    from .. import propose, training
     from .. import recipe as recipes
     from ..progress import ProgressBar
-    from ..report import summary
-    from ..training import train as run
+    from ..report import plan, summary
 
     console = Console(highlight=False)
     say = partial(console.print, markup=False)
-    result = run(recipes.read(recipe, overrides or ()), say, [ProgressBar(console)], resume, overwrite)
+    text = propose.recipe(recipe, model, propose.run_folder(recipe)) if model else None
+    found = recipes.read(recipe, overrides or (), say, text)
+    if dry_run:
+        say(plan(training.planned(found, say)))
+        return
+    result = training.train(found, say, [ProgressBar(console)], resume, overwrite)
     console.print(summary(result.metrics))
     console.print(f"Saved in {result.folder}. Try: trimtab predict {result.folder} TEXT", soft_wrap=True)

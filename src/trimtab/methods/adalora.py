@@ -81,6 +81,7 @@ class AdaLoraConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
     trains: ClassVar[str] = "a pruned singular value decomposition"
+    relative_rate: ClassVar[float] = 8.0
     when: ClassVar[str] = "A tight budget, a number of steps that is known ahead, and time to set up a schedule."
     evidence: ClassVar[str] = (
         "The paper reports gains over LoRA of the same size on GLUE and SQuAD, most at the lowest budgets. It trains "
@@ -95,17 +96,17 @@ class AdaLoraConfig(TargetConfig):
     compares_layers: ClassVar[bool] = True
     found_in_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
-    target_r: int = Field(8, ge=1)
-    init_r: int = Field(12, ge=1)
-    tinit: int = Field(0, ge=0)
-    tfinal: int = Field(0, ge=0)
-    deltaT: int = Field(1, ge=1)  # noqa: N815 - HF PEFT's name
-    beta1: float = Field(0.85, gt=0, lt=1)
-    beta2: float = Field(0.85, gt=0, lt=1)
-    orth_reg_weight: float = Field(0.5, ge=0)
-    total_step: int | None = Field(None, ge=1)
-    lora_alpha: int | float = Field(8, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_r: int = Field(default=8, ge=1)
+    init_r: int = Field(default=12, ge=1)
+    tinit: int = Field(default=0, ge=0)
+    tfinal: int = Field(default=0, ge=0)
+    deltaT: int = Field(default=1, ge=1)  # noqa: N815 - HF PEFT's name
+    beta1: float = Field(default=0.85, gt=0, lt=1)
+    beta2: float = Field(default=0.85, gt=0, lt=1)
+    orth_reg_weight: float = Field(default=0.5, ge=0)
+    total_step: int | None = Field(default=None, ge=1)
+    lora_alpha: int | float = Field(default=8, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     fan_in_fan_out: bool = False
     init_lora_weights: bool = True
     rank_pattern: dict[str, list[bool]] | None = None

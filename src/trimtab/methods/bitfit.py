@@ -93,6 +93,7 @@ class BitFitConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "BITFIT"
     trains: ClassVar[str] = "biases"
+    relative_rate: ClassVar[float] = 2.0
     when: ClassVar[str] = (
         "Little data, a tiny file, and a model with biases, such as BERT. LLaMA and its like have none."
     )

@@ -67,6 +67,7 @@ class BOFTConfig(RotationConfig):
 
     peft_type: ClassVar[str] = "BOFT"
     trains: ClassVar[str] = "butterfly factors of orthogonal blocks"
+    relative_rate: ClassVar[float] = 8.0
     when: ClassVar[str] = (
         "As OFT, where its blocks mix too few features: m factors mix 2^(m-1) blocks with few parameters more."
     )
@@ -76,10 +77,10 @@ class BOFTConfig(RotationConfig):
     )
     hf_prefix: ClassVar[str] = "boft_"
 
-    boft_block_size: int = Field(4, ge=0)
-    boft_block_num: int = Field(0, ge=0)
-    boft_n_butterfly_factor: int = Field(1, ge=1)
-    boft_dropout: float = Field(0.0, ge=0, lt=1)
+    boft_block_size: int = Field(default=4, ge=0)
+    boft_block_num: int = Field(default=0, ge=0)
+    boft_n_butterfly_factor: int = Field(default=1, ge=1)
+    boft_dropout: float = Field(default=0.0, ge=0, lt=1)
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "boft_only"] = "none"
     init_weights: bool = True

@@ -126,14 +126,14 @@ class BottleneckConfig(TargetConfig):
     hf_prefix: ClassVar[str] = "bottleneck_"
 
     variant: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
-    reduction_factor: float = Field(16, ge=1)
+    reduction_factor: float = Field(default=16, ge=1)
     non_linearity: Literal["relu", "gelu", "silu", "tanh", "leaky_relu"] = "relu"
-    scaling: float | None = Field(None, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    scaling: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     layer_norm: Literal["none", "before", "after"] = "none"
     residual: bool = True
     near_identity: bool = False
-    drop_first: int = Field(0, ge=0)
+    drop_first: int = Field(default=0, ge=0)
     share_across_layers: bool = False
 
     @model_validator(mode="after")

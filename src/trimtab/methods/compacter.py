@@ -75,6 +75,7 @@ class CompacterConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "COMPACTER"
     trains: ClassVar[str] = "Kronecker factors of bottleneck adapters"
+    relative_rate: ClassVar[float] = 2.0
     when: ClassVar[str] = "Bottleneck adapters for very small files."
     evidence: ClassVar[str] = (
         "Mahabadi et al. are on a par with full fine-tuning of T5 on GLUE with 0.047 % of its parameters. Widths must "
@@ -83,9 +84,9 @@ class CompacterConfig(TargetConfig):
     hf_prefix: ClassVar[str] = "compacter_"
     example: ClassVar[dict[str, Any]] = {"reduction_factor": 16}
 
-    phm_dim: int = Field(4, ge=1)
-    phm_rank: int = Field(1, ge=1)
-    reduction_factor: float = Field(32, ge=1)
+    phm_dim: int = Field(default=4, ge=1)
+    phm_rank: int = Field(default=1, ge=1)
+    reduction_factor: float = Field(default=32, ge=1)
     non_linearity: Literal["relu", "gelu", "silu", "tanh", "leaky_relu"] = "gelu"
     plus_plus: bool = False
 

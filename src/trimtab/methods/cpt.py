@@ -133,6 +133,7 @@ class CPTConfig(PromptConfig):
     peft_type: ClassVar[str] = "CPT"
     example: ClassVar[dict[str, Any]] = {"cpt_token_ids": [5, 6, 7]}
     trains: ClassVar[str] = "the embeddings of a context of examples"
+    relative_rate: ClassVar[float] = 80.0
     when: ClassVar[str] = "Classification by a decoder with so few examples that all of them go into the prompt."
     evidence: ClassVar[str] = (
         "Blau et al. report it ahead of in-context learning, which is where it begins, and of prompt tuning: the ball "
@@ -144,9 +145,9 @@ class CPTConfig(PromptConfig):
     cpt_mask: list[int] | None = None
     cpt_tokens_type_mask: list[int] | None = None
     opt_weighted_loss_type: Literal["none", "decay"] = "none"
-    opt_loss_decay_factor: float = Field(1.0, gt=0, le=1)
-    opt_projection_epsilon: float = Field(0.1, ge=0)
-    opt_projection_format_epsilon: float = Field(0.1, ge=0)
+    opt_loss_decay_factor: float = Field(default=1.0, gt=0, le=1)
+    opt_projection_epsilon: float = Field(default=0.1, ge=0)
+    opt_projection_format_epsilon: float = Field(default=0.1, ge=0)
     tokenizer_name_or_path: str | None = None
 
     def resolved(self, model: nn.Module) -> Self:

@@ -49,10 +49,10 @@ class DeltaConfig(TargetConfig):
     factors of the channels (FedPara, arXiv 2108.06098, proposition 3) instead of one flat matrix.
     """
 
-    r: int = Field(8, ge=1)
+    r: int = Field(default=8, ge=1)
     alpha: int | float = 8
-    rank_dropout: float = Field(0.0, ge=0, lt=1)
-    module_dropout: float = Field(0.0, ge=0, lt=1)
+    rank_dropout: float = Field(default=0.0, ge=0, lt=1)
+    module_dropout: float = Field(default=0.0, ge=0, lt=1)
     use_effective_conv2d: bool = False
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}

@@ -54,6 +54,7 @@ class HRAConfig(RotationConfig):
 
     peft_type: ClassVar[str] = "HRA"
     trains: ClassVar[str] = "vectors of reflections"
+    relative_rate: ClassVar[float] = 4.0
     when: ClassVar[str] = "Between LoRA and OFT: an orthogonal change whose size is set by a rank, on any width."
     evidence: ClassVar[str] = (
         "Yuan et al. report better results than LoRA, OFT and others with fewer parameters on language models and "
@@ -61,7 +62,7 @@ class HRAConfig(RotationConfig):
     )
     hf_prefix: ClassVar[str] = "hra_"
 
-    r: int = Field(8, ge=1)
+    r: int = Field(default=8, ge=1)
     apply_GS: bool = False  # noqa: N815 - HF PEFT's name
     bias: Literal["none", "all", "hra_only"] = "none"
     init_weights: bool = True

@@ -82,6 +82,7 @@ class IA3Config(TargetConfig):
 
     peft_type: ClassVar[str] = "IA3"
     trains: ClassVar[str] = "one factor per feature"
+    relative_rate: ClassVar[float] = 8.0
     when: ClassVar[str] = "Few examples, many tasks, very small files: a vector per layer is all that a task adds."
     evidence: ClassVar[str] = (
         "Liu et al. find it the one method of those they compare that beats full fine-tuning of T0 with few examples, "

@@ -87,6 +87,7 @@ class AdaptionPromptConfig(SavedModulesConfig):
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
     trains: ClassVar[str] = "prompts of attention, and gates"
+    relative_rate: ClassVar[float] = 8.0
     when: ClassVar[str] = "Decoders, LLaMA above all, that are to follow instructions without losing what they know."
     evidence: ClassVar[str] = (
         "The gate starts at zero, so training starts from the model as it was; Zhang et al. train 1.2 million "
@@ -96,8 +97,8 @@ class AdaptionPromptConfig(SavedModulesConfig):
     hf_prefix: ClassVar[str] = "adaption_"
 
     target_modules: str | None = None
-    adapter_len: int = Field(10, ge=1)
-    adapter_layers: int | None = Field(None, ge=1)
+    adapter_len: int = Field(default=10, ge=1)
+    adapter_layers: int | None = Field(default=None, ge=1)
 
     def resolved(self, model: nn.Module) -> Self:
         found = list(caches.readers(model))

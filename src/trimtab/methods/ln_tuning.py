@@ -18,6 +18,7 @@ class LNTuningConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "LN_TUNING"
     trains: ClassVar[str] = "the norms' own values"
+    relative_rate: ClassVar[float] = 2.0
     when: ClassVar[str] = "Teaching a language model another kind of input; a tiny baseline beside others."
     evidence: ClassVar[str] = (
         "Zhao et al. turn language models into ones that see by it and report, at 13 billion parameters, over 20 % "

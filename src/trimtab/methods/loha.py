@@ -50,6 +50,7 @@ class LoHaConfig(DeltaConfig):
 
     peft_type: ClassVar[str] = "LOHA"
     trains: ClassVar[str] = "two low-rank pairs, multiplied"
+    relative_rate: ClassVar[float] = 4.0
     when: ClassVar[str] = (
         "Changes of a rank higher than LoRA's from as many parameters; image models, where LyCORIS made it known."
     )

@@ -87,6 +87,7 @@ class LoKrConfig(DeltaConfig):
 
     peft_type: ClassVar[str] = "LOKR"
     trains: ClassVar[str] = "factors of a Kronecker product"
+    relative_rate: ClassVar[float] = 8.0
     when: ClassVar[str] = "Very small files at a rank that need not be low; image models as for LoHa."
     evidence: ClassVar[str] = (
         "Edalati et al. report better GLUE results with T5 than LoRA and adapters of their size give. A matrix as "
@@ -96,7 +97,7 @@ class LoKrConfig(DeltaConfig):
     hf_prefix: ClassVar[str] = "lokr_"
 
     decompose_both: bool = False
-    decompose_factor: int = Field(-1, ge=-1)
+    decompose_factor: int = Field(default=-1, ge=-1)
     rank_dropout_scale: bool = False
     init_weights: bool | Literal["lycoris"] = True
 

@@ -185,9 +185,9 @@ class LoraConfig(TargetConfig):
         "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
-    r: int = Field(8, ge=1)
+    r: int = Field(default=8, ge=1)
     lora_alpha: int | float = 8
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
@@ -197,7 +197,7 @@ class LoraConfig(TargetConfig):
     alpha_pattern: dict[str, int | float] = {}
     share_across_layers: bool | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    alora_invocation_tokens: list[int] | None = Field(None, min_length=1)
+    alora_invocation_tokens: list[int] | None = Field(default=None, min_length=1)
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
     lora_ga_config: LoraGAConfig | None = None

@@ -39,8 +39,8 @@ class EvaConfig(_Settings):
     cosine. use_label_mask: leave out tokens whose label is label_mask_value. whiten: divide components by the root of
     their singular values. adjust_scaling_factors: keep s = alpha / r where the rank changes."""
 
-    rho: float = Field(2.0, ge=1)
-    tau: float = Field(0.99, ge=-1, le=1)
+    rho: float = Field(default=2.0, ge=1)
+    tau: float = Field(default=0.99, ge=-1, le=1)
     use_label_mask: bool = True
     label_mask_value: int = -100
     whiten: bool = False
@@ -65,7 +65,7 @@ class LoraGAConfig(_Settings):
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    stable_gamma: int = Field(16, ge=1)
+    stable_gamma: int = Field(default=16, ge=1)
 
 
 class Start(nn.Module):

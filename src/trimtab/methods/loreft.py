@@ -104,6 +104,7 @@ class LoReftConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "LOREFT"
     trains: ClassVar[str] = "low-rank edits of hidden states"
+    relative_rate: ClassVar[float] = 4.0
     when: ClassVar[str] = "Very few parameters, and prompts whose first and last positions tell the task."
     evidence: ClassVar[str] = (
         "The paper uses 15 to 65 times fewer parameters than LoRA. It acts on the prompt only, so it costs nothing "
@@ -111,9 +112,9 @@ class LoReftConfig(TargetConfig):
     )
     hf_prefix: ClassVar[str] = "reft_"
 
-    r: int = Field(4, ge=1)
-    first: int = Field(4, ge=0)
-    last: int = Field(4, ge=0)
+    r: int = Field(default=4, ge=1)
+    first: int = Field(default=4, ge=0)
+    last: int = Field(default=4, ge=0)
     tied: bool = True
     layers: list[int] | None = None
 

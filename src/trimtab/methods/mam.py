@@ -26,6 +26,7 @@ class MamConfig(SavedModulesConfig):
 
     peft_type: ClassVar[str] = "MAM"
     trains: ClassVar[str] = "a prefix, and bottlenecks beside the feed-forward parts"
+    relative_rate: ClassVar[float] = 0.25
     when: ClassVar[str] = "More trained parameters can be afforded than LoRA needs, for the most accuracy."
     evidence: ClassVar[str] = (
         "He et al. compare where and how methods act, and put the best together: on summarization (XSum) and "
@@ -33,9 +34,9 @@ class MamConfig(SavedModulesConfig):
         "prefix takes room in the context, and nothing can be merged."
     )
 
-    num_virtual_tokens: int = Field(30, ge=1)
-    encoder_hidden_size: int = Field(800, ge=1)
-    reduction_factor: float = Field(2, ge=1)
+    num_virtual_tokens: int = Field(default=30, ge=1)
+    encoder_hidden_size: int = Field(default=800, ge=1)
+    reduction_factor: float = Field(default=2, ge=1)
     scaling: float = 4.0
 
     def union(self) -> UnionConfig:

@@ -95,6 +95,7 @@ class MultitaskPromptTuningConfig(TextConfig):
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
     trains: ClassVar[str] = "a shared prompt, low-rank parts per task"
+    relative_rate: ClassVar[float] = 320.0
     when: ClassVar[str] = "Several related tasks, or a new one with few examples that can start from them."
     evidence: ClassVar[str] = (
         "Wang et al. report it ahead of prompt tuning on 23 data sets, with 0.035 % of the parameters for each task. "
@@ -104,9 +105,9 @@ class MultitaskPromptTuningConfig(TextConfig):
 
     prompt_tuning_init: MultitaskPromptTuningInit = MultitaskPromptTuningInit.RANDOM
     prompt_tuning_init_state_dict_path: str | None = None
-    prompt_tuning_init_task: int = Field(0, ge=0)
-    num_ranks: int = Field(1, ge=1)
-    num_tasks: int = Field(1, ge=1)
+    prompt_tuning_init_task: int = Field(default=0, ge=0)
+    num_ranks: int = Field(default=1, ge=1)
+    num_tasks: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _source_is_named(self) -> Self:

@@ -94,17 +94,17 @@ class OFTConfig(RotationConfig):
     )
     hf_prefix: ClassVar[str] = "oft_"
 
-    r: int = Field(0, ge=0)
-    oft_block_size: int = Field(32, ge=0)
-    module_dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=0, ge=0)
+    oft_block_size: int = Field(default=32, ge=0)
+    module_dropout: float = Field(default=0.0, ge=0, lt=1)
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "oft_only"] = "none"
     init_weights: bool = True
     coft: bool = False
-    eps: float = Field(6e-5, gt=0)
+    eps: float = Field(default=6e-5, gt=0)
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = Field(5, ge=1)
+    num_cayley_neumann_terms: int = Field(default=5, ge=1)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

@@ -39,6 +39,7 @@ class PromptEncoderConfig(PromptConfig):
 
     peft_type: ClassVar[str] = "P_TUNING"
     trains: ClassVar[str] = "virtual tokens and an encoder"
+    relative_rate: ClassVar[float] = 4.0
     when: ClassVar[str] = "As prompt tuning, where that is unsteady."
     evidence: ClassVar[str] = (
         "The tokens are tied together by an encoder while training: Liu et al. bring GPT-2 to BERT's level on "
@@ -46,9 +47,9 @@ class PromptEncoderConfig(PromptConfig):
     )
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
-    encoder_hidden_size: int | None = Field(None, ge=1)
-    encoder_num_layers: int = Field(2, ge=1)
-    encoder_dropout: float = Field(0.0, ge=0, lt=1)
+    encoder_hidden_size: int | None = Field(default=None, ge=1)
+    encoder_num_layers: int = Field(default=2, ge=1)
+    encoder_dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _mlp_has_two_layers(self) -> Self:

@@ -97,6 +97,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     trains: ClassVar[str] = "keys and values of virtual tokens"
+    relative_rate: ClassVar[float] = 20.0
     when: ClassVar[str] = "Generation with little data, from one frozen model for many tasks."
     evidence: ClassVar[str] = (
         "It acts in every layer, so more strongly than a prompt: Li and Liang match full fine-tuning of GPT-2 on "
@@ -104,7 +105,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         "LoRA and parallel adapters as the budget grows. It takes room in the context and in the cache."
     )
 
-    encoder_hidden_size: int | None = Field(None, ge=1)
+    encoder_hidden_size: int | None = Field(default=None, ge=1)
     prefix_projection: bool = False
     init_weights: Literal["zero"] | None = None
 

@@ -33,10 +33,10 @@ class UniPeltConfig(SavedModulesConfig):
         "as much where they are many. It is slower than each part, and the gates keep it from being merged."
     )
 
-    num_virtual_tokens: int = Field(10, ge=1)
-    r: int = Field(8, ge=1)
+    num_virtual_tokens: int = Field(default=10, ge=1)
+    r: int = Field(default=8, ge=1)
     lora_alpha: int | float = 8
-    reduction_factor: float = Field(16, ge=1)
+    reduction_factor: float = Field(default=16, ge=1)
 
     def union(self) -> UnionConfig:
         shared: dict[str, Any] = self.model_dump(include=set(SavedModulesConfig.model_fields))

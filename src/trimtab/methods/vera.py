@@ -87,6 +87,7 @@ class VeraConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "VERA"
     trains: ClassVar[str] = "two vectors of scales"
+    relative_rate: ClassVar[float] = 20.0
     when: ClassVar[str] = "Many adapters of one base, where LoRA's files are still too large."
     evidence: ClassVar[str] = (
         "Kopiczko et al. report LoRA's results on GLUE, E2E and instruction tuning with about ten times fewer "
@@ -96,10 +97,10 @@ class VeraConfig(TargetConfig):
     hf_prefix: ClassVar[str] = "vera_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
-    r: int = Field(256, ge=1)
+    r: int = Field(default=256, ge=1)
     projection_prng_key: int = 0
     save_projection: bool = True
-    vera_dropout: float = Field(0.0, ge=0, lt=1)
+    vera_dropout: float = Field(default=0.0, ge=0, lt=1)
     d_initial: float = 0.1
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "vera_only"] = "none"

@@ -3,21 +3,27 @@
 from .audio_classification import AudioClassification
 from .automatic_speech_recognition import SpeechRecognition
 from .image_classification import ImageClassification
+from .next_item import NextItem
 from .question_answering import QuestionAnswering
+from .rating_prediction import RatingPrediction
 from .task import Data, Task
 from .text2text_generation import Text2TextGeneration
 from .text_classification import TextClassification
 from .text_generation import TextGeneration
+from .text_regression import TextRegression
 from .token_classification import TokenClassification
 
 __all__ = ["TASKS", "Data", "Task"]
 
 TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
+    "text-regression": TextRegression,
     "token-classification": TokenClassification,
     "text-generation": TextGeneration,
     "text2text-generation": Text2TextGeneration,
     "question-answering": QuestionAnswering,
+    "rating-prediction": RatingPrediction,
+    "next-item": NextItem,
     "image-classification": ImageClassification,
     "audio-classification": AudioClassification,
     "automatic-speech-recognition": SpeechRecognition,

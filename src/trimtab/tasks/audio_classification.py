@@ -27,4 +27,4 @@ class AudioClassification(AudioTask, MediaClassification):
         limit = self.longest()
         if limit is not None and (cut := sum(length > limit for length in seconds)):
             say(f"{split}: {cut} of {len(seconds)} recordings cut to {limit:g} seconds")
-        return self.encoded(cells, seconds=seconds)
+        return self.encoded(cells, split, seconds=seconds)

@@ -24,6 +24,7 @@ class SpeechRecognition(AudioTask):
         "file": ("file", "file_name", "filename", "audio", "path", "filepath", "id"),
         "text": ("text", "sentence", "transcript", "transcription", "normalized_text", "label"),
     }
+    answer: ClassVar[str] = "text"
     auto: ClassVar[str] = "AutoModelForSpeechSeq2Seq"
     metric: ClassVar[str] = "wer"
     higher_is_better: ClassVar[bool] = False

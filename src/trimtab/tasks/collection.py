@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import DataError, did_you_mean
 from . import columns, rows
 from .columns import Say
+from .paths import Source
 
 ZIPPED = "zip://"
 SPLIT = "split"
@@ -26,10 +27,12 @@ SPLIT = "split"
 Media = str | bytes
 
 
-def read(path: Path, endings: Collection[str], split: str, say: Say) -> Any:
+def read(path: Source, endings: Collection[str], split: str, say: Say) -> Any:
     """The files and what is known of each, as a `datasets.Dataset`. Raises: DataError."""
     import datasets
 
+    if not isinstance(path, Path):
+        return _named_by(rows.read(path), Path(), endings)
     if not is_collection(path):
         return _named_by(rows.read(path), path, endings)
     inside = _inside(path)

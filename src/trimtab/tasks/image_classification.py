@@ -46,7 +46,7 @@ class ImageClassification(MediaClassification):
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         for file in cells["file"]:  # what cannot be read is to be known before training
             self.decoded(file)
-        return self.encoded(cells)
+        return self.encoded(cells, split)
 
     def features(self, decoded: Sequence[Any]) -> dict[str, Any]:
         return dict(self.reader(list(decoded), return_tensors="pt"))

@@ -12,8 +12,9 @@ from . import collection, columns, models
 from .collection import Media
 from .columns import Cells, Say
 from .models import Quantization
+from .paths import Source
 from .task import Data, Piece, Task
-from .text_classification import accuracy, classes, classifier, commonest, likely
+from .text_classification import accuracy, classes, classifier, commonest, likely, no_classes, numbers
 
 BATCH = 16  # files that are predicted at a time
 
@@ -39,8 +40,8 @@ class MediaTask(Task):
         """What `decoded` might give, made of nothing."""
 
     @classmethod
-    def read(cls, path: Path, split: str, say: Say) -> Any:
-        return collection.read(path, cls.endings, split, say)
+    def read(cls, source: Source, split: str, say: Say) -> Any:
+        return collection.read(source, cls.endings, split, say)
 
     @classmethod
     def cell(cls, name: str, value: Any, feature: Any) -> Any:
@@ -90,14 +91,19 @@ class MediaClassification(MediaTask):
         "file": ("file", "file_name", "filename", "image", "img", "audio", "path", "filepath", "id"),
         "label": ("label", "labels", "class", "category", "target", "name"),
     }
+    answer: ClassVar[str] = "label"
     metric: ClassVar[str] = "accuracy"
     useless: ClassVar[frozenset[str]] = MediaTask.useless - {"class_weights"}
 
     labels: list[str]
 
     @classmethod
+    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
+        return no_classes(names["label"], found[names["label"]])
+
+    @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
-        labels = classes({split: found["label"] for split, found in cells.items()}, data)
+        labels = classes(cells["train"]["label"], data)
         return cls(names, cls.load_reader(model), labels)
 
     def head(self) -> dict[str, Any]:
@@ -109,10 +115,10 @@ class MediaClassification(MediaTask):
         heads = [name for name in HEADS[TaskType.SEQ_CLS] if hasattr(found, name)]
         return found, list(dict.fromkeys([*fresh, *heads]))
 
-    def encoded(self, cells: Cells, **more: list[Any]) -> Any:
+    def encoded(self, cells: Cells, split: str, **more: list[Any]) -> Any:
         import datasets
 
-        labels = [self.labels.index(label) for label in cells["label"]]
+        labels = numbers(cells["label"], self.labels, split)
         return datasets.Dataset.from_dict({"file": cells["file"], "labels": labels, **more})
 
     def show(self, row: dict[str, Any]) -> list[Piece]:

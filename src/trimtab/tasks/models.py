@@ -35,6 +35,15 @@ def load(
     return found, fresh
 
 
+def outline(auto: str, model: str, head: dict[str, Any]) -> Any:
+    """What `load` gives, on the meta device. Raises: ConfigError."""
+    import torch
+    import transformers
+
+    with loading(model), torch.device("meta"):
+        return getattr(transformers, auto).from_config(transformers.AutoConfig.from_pretrained(model, **head))
+
+
 def _load(
     auto: Any, model: str, config: Any, quantization: Quantization, plain: list[str], dtype: str
 ) -> tuple[Any, list[str]]:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns
+from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece, Task
 from .text import WORDS, TextTask
@@ -42,6 +43,8 @@ class QuestionAnswering(TextTask):
         "context": ("context", "passage", "paragraph", "document"),
         "answers": ("answers", "answer"),
     }
+    answer: ClassVar[str] = "answers"
+    drops: ClassVar[frozenset[Reason]] = TextTask.drops - {"too_long"}  # a long context is read in windows
     task_type: ClassVar[TaskType] = TaskType.QUESTION_ANS
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
@@ -161,9 +164,6 @@ class QuestionAnswering(TextTask):
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         read = [{name: value for name, value in row.items() if name not in FOR_SCORES} for row in rows]
         return dict(self.reader.pad(read, padding_side="right", return_tensors="pt"))  # so that positions stay
-
-    def count(self, rows: Any) -> int:
-        return len(set(rows["row"]))
 
     def reduced(self, logits: Any, labels: Any) -> Any:
         return logits[:2]  # an encoder-decoder gives more

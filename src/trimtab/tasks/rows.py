@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, did_you_mean
+from .paths import HubDataset, Source
 
 # `na_filter`: the words "None", "NA" and "null" in a cell are text, not gaps.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -18,12 +19,14 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def read(path: Path) -> Any:
-    """The rows of a file as a `datasets.Dataset` in memory; nothing is left in a cache.
+def read(path: Source) -> Any:
+    """The rows of a file as a `datasets.Dataset` in memory; nothing is left in a cache but datasets of the hub.
 
     Raises:
         DataError: no such file, an unknown format, rows that cannot be read, or none.
     """
+    if isinstance(path, HubDataset):
+        return _downloaded(path)
     _check_there(path)
     suffix = next((end for end in reversed(path.suffixes) if end != ".gz"), "")
     if suffix.lower() not in FORMATS:
@@ -44,6 +47,15 @@ def read(path: Path) -> Any:
             raise DataError(f"{path} holds no rows.") from None
         raise DataError(f"{path} cannot be read: {reason}") from None
     return rows
+
+
+def _downloaded(source: HubDataset) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(**source.model_dump())
+    except Exception as error:  # of the hub, of the network, of its readers
+        raise DataError(f"The dataset {source} cannot be loaded: {_reason(error)}") from None
 
 
 def document(path: Path) -> Any:

@@ -8,44 +8,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
 from ..adapter import TaskType
-from ..errors import CheckpointError
-from . import columns, models
+from ..errors import CheckpointError, ConfigError
+from . import augmentation, cleaning, columns, models
+from .augmentation import Augmenter
 from .columns import Cells, Say
 from .models import Quantization
+from .paths import HubDataset, Source
 
 SAVED = "task.json"
 Piece = tuple[str, bool]
 
 
-def _from_recipe(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return (folder / path.expanduser()).absolute()
-
-
-RecipePath = Annotated[Path, AfterValidator(_from_recipe)]  # absolute, or relative to the recipe's folder
-
-
 class Data(BaseModel):
-    """The files with the rows, and how to read them.
+    """The files with the rows, or datasets of the hub, and how to read them.
 
-    validation: a file, or the fraction of the training rows that is set aside. columns: the task's name of a column
-    -> its name in the files; guessed where not given.
+    validation: a file or dataset, or the fraction of the training rows that is set aside. columns: the task's name of
+    a column -> its name in the files; guessed where not given.
 
     The rest are of use to some tasks only (`Task.reads`). max_length: tokens; longer rows are cut. prefix: goes before
-    each text that is read.
+    each text that is read. drop: which rows are not trained on, beside those with empty cells (cleaning.py).
+    augment: copies of training rows with other words (augmentation.py).
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    train: RecipePath
-    validation: Annotated[StrictFloat, Field(gt=0, lt=1)] | RecipePath = 0.1
-    test: RecipePath | None = None
+    train: Source
+    validation: Annotated[StrictFloat, Field(gt=0, le=1)] | Source = 0.1
+    test: Source | None = None
     columns: dict[str, str] = {}
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
     prefix: str | None = None
+    drop: list[cleaning.Reason] | None = None
+    augment: augmentation.Augment | None = None
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where the rows are, by split."""
+        given = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: source for split, source in given.items() if isinstance(source, Path | HubDataset)}
 
 
 FILES = frozenset({"train", "validation", "test", "columns"})  # the keys of data that are of use to all tasks
@@ -61,7 +64,10 @@ class Task(ABC):
 
     usual: ClassVar[dict[str, tuple[str, ...]]]  # the task's columns, and how they are usually called, best first
     optional: ClassVar[frozenset[str]] = frozenset()
+    answer: ClassVar[str]  # the column that is learned from the others
     reads: ClassVar[frozenset[str]] = frozenset()  # the keys of data beside FILES that are of use to it
+    drops: ClassVar[frozenset[cleaning.Reason]] = frozenset()  # what of data.drop is
+    augmented: ClassVar[tuple[str, ...]] = ()  # columns with texts whose words may change under the same answer
     useless: ClassVar[frozenset[str]] = frozenset({"class_weights"})  # the keys of training that are of no use to it
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
@@ -74,26 +80,55 @@ class Task(ABC):
     reader: Any
 
     @classmethod
-    def from_data(cls, data: Data, model: str, seed: int, say: Say) -> tuple[Self, dict[str, Any]]:
+    def from_data(
+        cls, data: Data, model: str, seed: int, say: Say, augmenters: Sequence[Augmenter] = ()
+    ) -> tuple[Self, dict[str, Any]]:
         """The task as these files define it, and its rows as the model reads them: a `datasets.Dataset` each for
         "train", "validation" and, where given, "test".
 
+        Args:
+            augmenters: beside those of data.augment.
         Raises:
             DataError: files that cannot be read, or hold nothing to learn from.
         """
-        paths = {"train": data.train, "validation": data.validation, "test": data.test}
-        raw = {split: cls.read(path, split, say) for split, path in paths.items() if isinstance(path, Path)}
-        names = cls.chosen(columns.complete(raw["train"], data, cls.usual, cls.optional), data)
+        if data.augment:
+            augmenters = [*augmentation.augmenters(data.augment, seed), *augmenters]
+        if augmenters and not cls.augmented:
+            raise ConfigError(
+                f"{cls.__name__} has no texts whose words may change under the same answer: no augmenter."
+            )
+        drop = data.drop or ()
+        raw = {split: cls.read(source, split, say) for split, source in data.sources.items()}
+        names = cls.named(raw["train"], data)
         if guessed := [f"{column} is the {name}" for name, column in names.items() if name not in data.columns]:
             say(f"Columns guessed: {', '.join(guessed)} (data.columns changes this)")
         cells = {
-            split: columns.clean(paths[split], found, names, cls.cell, cls.needed(names), split, say)
+            split: columns.clean(data.sources[split], found, names, cls.cell, cls.needed(names), split, say)
             for split, found in raw.items()
         }
+        train = cells.pop("train")
+        if "duplicate" in drop:
+            train = cleaning.without(train, cleaning.duplicate(train), "duplicate", say)
+        if "conflicting" in drop:
+            train = cleaning.without(train, cleaning.conflicting(train, cls.answer), "conflicting", say)
         if isinstance(data.validation, float):
-            cells["train"], cells["validation"] = cls.split(cells["train"], data.validation, seed)
-        task = cls.fitted(cells, names, data, model)
+            train, cells["validation"] = cls.split(train, data.validation, seed)
+        leaked = cleaning.leaked(train, cells, cls.answer, say)
+        if "leaked" in drop:
+            train = cleaning.without(train, leaked, "leaked", say)
+        task = cls.fitted({"train": train, **cells}, names, data, model)
+        if "too_long" in drop:
+            train = cleaning.without(train, task.too_long(train), "too_long", say)
+        if augmenters:
+            train = augmentation.augmented(train, cls.augmented, augmenters, say)
+        cells = {"train": train, **cells}
         return task, {split: task.encode(found, split, say) for split, found in cells.items()}
+
+    def rows(self, path: Path, say: Say) -> Any:
+        """The rows of one more file, with the columns trained on, as the model reads them. Raises: DataError."""
+        found = self.read(path, path.name, say)
+        cells = columns.clean(path, found, self.names, self.cell, self.needed(self.names), path.name, say)
+        return self.encode(cells, path.name, say)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -111,11 +146,11 @@ class Task(ABC):
         (folder / SAVED).write_text(json.dumps(known, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path, split: str, say: Say) -> Any:
-        """The rows of a file, or of a folder, as a `datasets.Dataset`."""
+    def read(cls, source: Source, split: str, say: Say) -> Any:
+        """The rows of a file, a folder or a dataset, as a `datasets.Dataset`."""
         from . import rows
 
-        return rows.read(path)
+        return rows.read(source)
 
     @classmethod
     def split(cls, cells: Cells, fraction: float, seed: int) -> tuple[Cells, Cells]:
@@ -125,6 +160,16 @@ class Task(ABC):
     @classmethod
     def load_reader(cls, model: str) -> Any:
         return models.tokenizer(model)
+
+    @classmethod
+    def named(cls, found: Any, data: Data) -> dict[str, str]:
+        """data.columns with those that it does not name, by their usual names. Raises: DataError."""
+        return cls.chosen(columns.complete(found, data, cls.usual, cls.optional), data)
+
+    @classmethod
+    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
+        """Why rows with these columns are for another task, or ''."""
+        return ""
 
     @classmethod
     def chosen(cls, names: dict[str, str], data: Data) -> dict[str, str]:
@@ -150,6 +195,10 @@ class Task(ABC):
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         """Rows as the model reads them, a `datasets.Dataset`."""
 
+    def too_long(self, cells: Cells) -> set[int]:
+        """The rows of which `encode` would cut something off."""
+        raise NotImplementedError
+
     def head(self) -> dict[str, Any]:
         """What the model's config is told of the task."""
         return {}
@@ -162,6 +211,14 @@ class Task(ABC):
         """
         return models.load(self.auto, model, quantization, self.head(), getattr(self.reader, "pad_token_id", None))
 
+    def outline(self, model: str) -> Any:
+        """That model on the meta device: no weights are loaded. Raises: ConfigError."""
+        return models.outline(self.auto, model, self.head())
+
+    def tokens(self) -> list[int]:
+        """Ids of tokens whose embeddings are trained, beside what the method trains."""
+        return []
+
     @abstractmethod
     def show(self, row: dict[str, Any]) -> list[Piece]:
         """An encoded row as people read it, piece by piece, and which pieces are learned."""
@@ -171,8 +228,8 @@ class Task(ABC):
         """A batch of encoded rows as the model's keyword arguments."""
 
     def count(self, rows: Any) -> int:
-        """The rows of the file that encoded rows are of."""
-        return len(rows)
+        """The rows of the file that encoded rows are of: of those in a column `row`, or one each."""
+        return len(set(rows["row"])) if "row" in rows.column_names else len(rows)
 
     def length(self, row: dict[str, Any]) -> int:
         """How much memory an encoded row takes, in any unit."""

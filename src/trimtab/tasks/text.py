@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError, DataError
 from . import columns, models, rows
+from .cleaning import Reason
 from .columns import Say
 from .task import Data, Task
 
@@ -18,7 +19,8 @@ WORDS = "the quick brown fox does not jump over 13 lazy dogs , or so they say ."
 class TextTask(Task):
     """max_length: tokens; longer rows are cut."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"max_length"})
+    reads: ClassVar[frozenset[str]] = frozenset({"max_length", "drop"})
+    drops: ClassVar[frozenset[Reason]] = frozenset({"duplicate", "leaked", "too_long"})
 
     max_length: int
 
@@ -37,6 +39,11 @@ class TextTask(Task):
         if cut := sum(bool(encoding.overflowing) for encoding in encoded.encodings or ()):
             say(f"{split}: {cut} of {len(encoded['input_ids'])} {what} cut to {self.max_length} tokens")
 
+    def longer(self, *texts: Any, **settings: Any) -> set[int]:
+        """The rows that `tokenized` would cut."""
+        found = self.reader(*texts, **settings)
+        return {i for i, ids in enumerate(found["input_ids"]) if len(ids) > self.max_length}
+
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return dict(self.reader.pad(rows, return_tensors="pt"))
 
@@ -45,7 +52,7 @@ class TextTask(Task):
 
     def given(self) -> dict[str, str]:
         """The columns that are there before the answer is."""
-        return {name: column for name, column in self.names.items() if name != list(self.usual)[-1]}
+        return {name: column for name, column in self.names.items() if name != self.answer}
 
     def asked(self, texts: Sequence[str]) -> list[Any]:
         """Texts, or tuples of them where a row has several."""

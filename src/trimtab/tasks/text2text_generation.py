@@ -22,6 +22,7 @@ class Text2TextGeneration(TextTask):
         "source": ("source", "src", "input", "input_text", "text", "article", "document", "dialogue"),
         "target": ("target", "tgt", "output", "target_text", "summary", "highlights", "translation"),
     }
+    answer: ClassVar[str] = "target"
     reads: ClassVar[frozenset[str]] = TextTask.reads | {"prefix"}
     task_type: ClassVar[TaskType] = TaskType.SEQ_2_SEQ_LM
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
@@ -50,8 +51,14 @@ class Text2TextGeneration(TextTask):
             }
         )
 
+    def too_long(self, cells: Cells) -> set[int]:
+        return self.longer(self._prefixed(cells["source"])) | self.longer(text_target=cells["target"])
+
     def _sources(self, texts: Sequence[str]) -> Any:
-        return self.tokenized([self.prefix + text for text in texts])
+        return self.tokenized(self._prefixed(texts))
+
+    def _prefixed(self, texts: Sequence[str]) -> list[str]:
+        return [self.prefix + text for text in texts]
 
     def show(self, row: dict[str, Any]) -> list[Piece]:
         return [(self.reader.decode(row["input_ids"]), False), (self.reader.decode(row["labels"]), True)]

@@ -1,12 +1,13 @@
 """Text classification: one text, or a pair of them, to one of several classes."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from ..adapter import TaskType
 from ..errors import DataError
+from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece
 from .text import WORDS, TextTask
@@ -22,6 +23,10 @@ class TextClassification(TextTask):
         "label": ("label", "labels", "class", "category", "sentiment", "polarity", "target", "intent", "topic"),
     }
     optional: ClassVar[frozenset[str]] = frozenset({"text_pair"})
+    answer: ClassVar[str] = "label"
+    reads: ClassVar[frozenset[str]] = TextTask.reads | {"augment"}
+    augmented: ClassVar[tuple[str, ...]] = ("text", "text_pair")
+    drops: ClassVar[frozenset[Reason]] = TextTask.drops | {"conflicting"}
     task_type: ClassVar[TaskType] = TaskType.SEQ_CLS
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[str] = "accuracy"
@@ -30,10 +35,17 @@ class TextClassification(TextTask):
     labels: list[str]
 
     @classmethod
+    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
+        return no_classes(names["label"], found[names["label"]])
+
+    @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
-        labels = classes({split: found["label"] for split, found in cells.items()}, data)
+        labels = classes(cells["train"]["label"], data)
         tokenizer = cls.load_reader(model)
         return cls(names, tokenizer, cls.limit(data, model, tokenizer), labels)
+
+    def too_long(self, cells: Cells) -> set[int]:
+        return self.longer(cells["text"], cells.get("text_pair"))
 
     def head(self) -> dict[str, Any]:
         return classifier(self.labels)
@@ -43,7 +55,7 @@ class TextClassification(TextTask):
 
         encoded = self.tokenized(cells["text"], cells.get("text_pair"))
         self.say_cut(encoded, split, say)
-        labels = [self.labels.index(label) for label in cells["label"]]
+        labels = numbers(cells["label"], self.labels, split)
         return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
     def show(self, row: dict[str, Any]) -> list[Piece]:
@@ -70,17 +82,30 @@ class TextClassification(TextTask):
         return found
 
 
-def classes(labels: dict[str, list[str]], data: Data) -> list[str]:
+def classes(labels: list[str], data: Data) -> list[str]:
     """The classes of the training rows: numbers by size, words by the alphabet. Raises: DataError."""
-    known = set(labels["train"])
+    known = set(labels)
     if len(known) < 2:
         raise DataError(f"{data.train} has one class only, {known.pop()!r}: there is nothing to tell apart.")
-    if len(known) > 20 and len(known) > len(labels["train"]) / 2:
-        raise DataError(f"{data.train} has {len(known)} labels in {len(labels['train'])} rows: no classes.")
-    for split, found in labels.items():
-        if strange := sorted(set(found) - known):
-            raise DataError(f"The {split} rows have the label {strange[0]!r}, which no training row has.")
+    if reason := no_classes(data.train, labels):
+        raise DataError(reason)
     return sorted(known, key=lambda label: (0, int(label), "") if _is_whole(label) else (1, 0, label))
+
+
+def numbers(labels: Iterable[str], classes: list[str], split: str) -> list[int]:
+    """The classes' numbers. Raises: DataError, where a label is none of them."""
+    known = {label: i for i, label in enumerate(classes)}
+    try:
+        return [known[label] for label in labels]
+    except KeyError as error:
+        raise DataError(f"{split}: the label {error} is none that was trained on: {', '.join(classes[:12])}.") from None
+
+
+def no_classes(where: Any, labels: Sequence[Any]) -> str:
+    """Why these are no classes: most are there only once. Else ''."""
+    known = len({str(label) for label in labels})
+    many = known > 20 and known > len(labels) / 2
+    return f"{where} has {known} labels in {len(labels)} rows: no classes." if many else ""
 
 
 def _is_whole(label: str) -> bool:

@@ -10,6 +10,7 @@ from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns, rows
 from .columns import Cells, Say
+from .paths import Source
 from .task import Data, Piece
 from .text import WORDS, TextTask
 from .token_classification import IGNORED, padded
@@ -36,6 +37,7 @@ class TextGeneration(TextTask):
         "text": ("text", "content", "quote", "document", "sentence"),
     }
     optional: ClassVar[frozenset[str]] = frozenset(usual)
+    answer: ClassVar[str] = "answer"
     task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
     auto: ClassVar[str] = "AutoModelForCausalLM"
     metric: ClassVar[str] = "perplexity"
@@ -43,8 +45,10 @@ class TextGeneration(TextTask):
     divides_loss: ClassVar[bool] = True
 
     @classmethod
-    def read(cls, path: Path, split: str, say: Say) -> Any:
-        return rows.document(path) if path.name.removesuffix(".gz").endswith(".txt") else rows.read(path)
+    def read(cls, source: Source, split: str, say: Say) -> Any:
+        if isinstance(source, Path) and source.name.removesuffix(".gz").endswith(".txt"):
+            return rows.document(source)
+        return rows.read(source)
 
     @classmethod
     def chosen(cls, names: dict[str, str], data: Data) -> dict[str, str]:
@@ -95,12 +99,11 @@ class TextGeneration(TextTask):
 
         found: list[dict[str, Any]] = []
         cut = lost = 0
-        for i in range(len(next(iter(cells.values())))):
-            row = {name: values[i] for name, values in cells.items()}
+        for row in _rows(cells):
             if "text" in row:
                 found += self._blocks(row["text"])
                 continue
-            messages = row["messages"] if "messages" in row else _as_chat(row)
+            messages = _messages(row)
             ids, labels, whole = self._chat(messages)
             if ids:
                 found.append(_row(ids, labels))
@@ -117,6 +120,11 @@ class TextGeneration(TextTask):
                 f"data.max_length. The last row starts: {self._start(messages)!r}"
             )
         return datasets.Dataset.from_list(found)
+
+    def too_long(self, cells: Cells) -> set[int]:
+        if "text" in cells:
+            raise ConfigError("data.drop: too_long is of no use to plain texts, which are learned in blocks.")
+        return {i for i, row in enumerate(_rows(cells)) if not self._chat(_messages(row))[2]}
 
     def _blocks(self, text: str) -> list[dict[str, Any]]:
         ids = self.reader(text).input_ids
@@ -210,33 +218,30 @@ class TextGeneration(TextTask):
             found: list[Any] = rows.lines(path)
         else:
             table = rows.read(path)
-            kept = {name: column for name, column in self.names.items() if name != "answer"}
+            kept = self.given()
             columns.check(path, table, kept.values())
             cells = {name: [self.cell(name, value, None) for value in table[column]] for name, column in kept.items()}
-            whole = [{name: values[i] for name, values in cells.items()} for i in range(len(table))]
-            found = [row.get("messages") or row.get("text") or _asked(row) for row in whole]
+            found = [row.get("messages") or row.get("text") or _asked(row) for row in _rows(cells)]
         if not found:
             raise DataError(f"{path} holds no text.")
         return found
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """What the model writes after each prompt, greedily, up to NEW_TOKENS."""
+        return [{"text": self.reply(model, given)} for given in inputs]
+
+    def reply(self, model: Any, given: Any, **settings: Any) -> str:
+        """What the model writes after a prompt. settings: for `generate`."""
         import torch
 
-        found: list[dict[str, Any]] = []
-        for given in inputs:
-            ids = self.prompt(given)[-self.max_length :]
-            with torch.inference_mode():
-                asked = torch.tensor([ids], device=model.device)
-                written = model.eval().generate(
-                    input_ids=asked,
-                    attention_mask=torch.ones_like(asked),
-                    do_sample=False,
-                    max_new_tokens=NEW_TOKENS,
-                    pad_token_id=self.reader.pad_token_id,
-                )
-            found.append({"text": self.reader.decode(written[0, len(ids) :], skip_special_tokens=True).strip()})
-        return found
+        ids = self.prompt(given)[-self.max_length :]
+        asked = torch.tensor([ids], device=model.device)
+        greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": self.reader.pad_token_id}
+        with torch.inference_mode():
+            written = model.eval().generate(
+                input_ids=asked, attention_mask=torch.ones_like(asked), **{**greedy, **settings}
+            )
+        return str(self.reader.decode(written[0, len(ids) :], skip_special_tokens=True).strip())
 
     def prompt(self, given: Any) -> list[int]:
         """What the model reads before it answers: messages, or a text as it was trained on."""
@@ -258,7 +263,13 @@ def _asked(row: dict[str, str]) -> str:
     return f"{row['prompt']}\n\n{row['input']}" if row.get("input") else row["prompt"]
 
 
-def _as_chat(row: dict[str, str]) -> list[Message]:
+def _rows(cells: Cells) -> list[dict[str, Any]]:
+    return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+
+
+def _messages(row: dict[str, Any]) -> list[Message]:
+    if "messages" in row:
+        return list(row["messages"])
     return [{"role": "user", "content": _asked(row)}, {"role": "assistant", "content": row["answer"]}]
 
 

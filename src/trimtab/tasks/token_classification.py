@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Self
 from ..adapter import TaskType
 from ..errors import DataError
 from . import columns, rows
+from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece
 from .text import WORDS, TextTask
-from .text_classification import classifier
+from .text_classification import classifier, numbers
 
 IGNORED = -100  # PyTorch's label of what no loss is of
 
@@ -24,6 +25,8 @@ class TokenClassification(TextTask):
         "tokens": ("tokens", "words", "sentence", "text"),
         "tags": ("tags", "ner_tags", "labels", "pos_tags", "chunk_tags", "label"),
     }
+    answer: ClassVar[str] = "tags"
+    drops: ClassVar[frozenset[Reason]] = TextTask.drops | {"conflicting"}
     task_type: ClassVar[TaskType] = TaskType.TOKEN_CLS
     auto: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[str] = "f1"
@@ -50,11 +53,11 @@ class TokenClassification(TextTask):
         known = {tag for tags in cells["train"]["tags"] for tag in tags}
         if len(known) < 2:
             raise DataError(f"{data.train} has one tag only, {known.pop()!r}: there is nothing to tell apart.")
-        for split, found in cells.items():
-            if strange := sorted({tag for tags in found["tags"] for tag in tags} - known):
-                raise DataError(f"The {split} rows have the tag {strange[0]!r}, which no training row has.")
         tokenizer = cls.load_reader(model)
         return cls(names, tokenizer, cls.limit(data, model, tokenizer), sorted(known))
+
+    def too_long(self, cells: Cells) -> set[int]:
+        return self.longer(cells["tokens"], is_split_into_words=True)
 
     def head(self) -> dict[str, Any]:
         return classifier(self.labels)
@@ -68,7 +71,7 @@ class TokenClassification(TextTask):
         for i, tags in enumerate(cells["tags"]):
             words = encoded.word_ids(i)
             first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
-            known = [self.labels.index(tag) for tag in tags]
+            known = numbers(tags, self.labels, split)
             labels.append([known[word] if begins else IGNORED for word, begins in zip(words, first, strict=True)])
         return datasets.Dataset.from_dict({**encoded, "labels": labels})
 

@@ -1,0 +1,127 @@
+"""The public names, and where each lives: `__init__.py` imports what is asked for."""
+
+from .adapter import Adapter, InputAdapter, PeftConfig, TaskType
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MergeError,
+    RecipeError,
+    TargetError,
+    TrainingError,
+    TrimtabError,
+)
+from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
+from .merge import QuantizedMergeWarning
+from .methods.adalora import AdaLoraConfig
+from .methods.bitfit import BitFitConfig
+from .methods.boft import BOFTConfig
+from .methods.bottleneck import BottleneckConfig
+from .methods.compacter import CompacterConfig
+from .methods.cpt import CPTConfig
+from .methods.hra import HRAConfig
+from .methods.ia3 import IA3Config
+from .methods.llama_adapter import AdaptionPromptConfig
+from .methods.ln_tuning import LNTuningConfig
+from .methods.loha import LoHaConfig
+from .methods.lokr import LoKrConfig
+from .methods.lora import LoraConfig
+from .methods.lora_data import (
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+    replace_lora_weights_loftq,
+)
+from .methods.lora_init import CordaConfig, EvaConfig, LoraGAConfig
+from .methods.loreft import LoReftConfig
+from .methods.mam import MamConfig
+from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from .methods.oft import OFTConfig
+from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .methods.prefix_tuning import PrefixTuningConfig
+from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.trainable_tokens import TrainableTokensConfig
+from .methods.union import UnionConfig
+from .methods.unipelt import UniPeltConfig
+from .methods.vera import VeraConfig
+from .model import PeftModel, get_peft_model
+from .targets import PartialTargetWarning
+from .tokens import nearest_tokens
+from .trainer import Trainer
+
+__all__ = [
+    "AdaLoraConfig",
+    "Adapter",
+    "AdapterError",
+    "AdaptionPromptConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
+    "BitFitConfig",
+    "BottleneckConfig",
+    "CPTConfig",
+    "CheckpointError",
+    "CompacterConfig",
+    "ConfigError",
+    "CordaConfig",
+    "DataError",
+    "EvaConfig",
+    "HRAConfig",
+    "IA3Config",
+    "InputAdapter",
+    "LNTuningConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoReftConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "MamConfig",
+    "MergeError",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
+    "OFTConfig",
+    "PartialTargetWarning",
+    "PeftConfig",
+    "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "QuantizedMergeWarning",
+    "RecipeError",
+    "TargetError",
+    "TaskType",
+    "TrainableTokensConfig",
+    "Trainer",
+    "TrainingError",
+    "TrimtabError",
+    "UniPeltConfig",
+    "UnionConfig",
+    "VeraConfig",
+    "get_peft_model",
+    "initialize_lora_eva_weights",
+    "nearest_tokens",
+    "prepare_model_for_int8_training",
+    "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
+]
+
+__version__: str
