@@ -18,7 +18,7 @@ from trimtab import recipe as recipes
 from trimtab.errors import ConfigError
 from trimtab.objective import Objective, class_weights
 from trimtab.trainer import RunTrainer
-from trimtab.training import Result, _arguments, train
+from trimtab.training import Result, arguments_of, train
 
 
 def silent(line: str) -> None:
@@ -153,7 +153,7 @@ def test_the_rate_falls_where_the_score_stands_still(recipe: Path) -> None:
 
 @pytest.mark.parametrize(("metric", "mode"), [("loss", "min"), ("accuracy", "max"), ("eval_f1_macro", "max")])
 def test_a_plateau_knows_which_scores_are_better(recipe: Path, metric: str, mode: str) -> None:
-    settings = _arguments(changed(recipe, *PLATEAU, f"training.metric_for_best_model={metric}"))
+    settings = arguments_of(changed(recipe, *PLATEAU, f"training.metric_for_best_model={metric}"))
     assert settings.lr_scheduler_kwargs == {"factor": 0.5, "patience": 0, "eps": 0, "mode": mode}
 
 

@@ -29,6 +29,7 @@ from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
+from .methods.full import FullConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
 from .methods.llama_adapter import AdaptionPromptConfig
@@ -81,6 +82,7 @@ __all__ = [
     "CordaConfig",
     "DataError",
     "EvaConfig",
+    "FullConfig",
     "HRAConfig",
     "IA3Config",
     "InputAdapter",

@@ -13,6 +13,7 @@ keys of `method` are those of the method's config class; those of `training` are
 (`Seq2SeqTrainingArguments`' for tasks that generate), the short names in `SHORT`, and these:
 
     class_weights: balanced           or {label: weight}; for tasks that tell classes apart (objective.py)
+    distillation: {teacher: bigger, temperature: 2.0, weight: 0.5}    learn from a model, or a run, too (objective.py)
     early_stopping_patience: 2        stop after so many evaluations without a better score (`metric_for_best_model`);
     early_stopping_threshold: 0.01    better is by more than this; 0 without
     gradual_unfreezing: output        layer after layer joins, from the output or the input (layers.py),
@@ -39,6 +40,7 @@ from .errors import ConfigError, RecipeError
 from .methods import METHODS
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
+from .objective import Distillation
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
 from .tasks.augmentation import Augment
@@ -69,6 +71,7 @@ NOT_OFFERED = frozenset(
 # The settings of `training` that are not TrainingArguments', with their types and limits.
 OWN: dict[str, Any] = {
     "class_weights": (Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]], None),
+    "distillation": (Distillation, None),
     "early_stopping_patience": (int, Field(None, ge=1)),
     "early_stopping_threshold": (float, Field(None, ge=0)),
     "gradual_unfreezing": (Literal["input", "output"], None),
@@ -171,10 +174,7 @@ def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, t
         recipe = Recipe.model_validate(file.value(), context={"folder": path.absolute().parent})
     except ValidationError as error:
         raise _first(file, error) from None
-    if (path.absolute().parent / recipe.model).is_dir():
-        recipe.model = str((path.absolute().parent / recipe.model).resolve())
-    elif recipe.model.startswith((".", "/", "~")) and not Path(recipe.model).expanduser().is_dir():
-        raise file.error(("model",), f"there is no model folder {recipe.model}.")
+    recipe.model = _model(file, ("model",), recipe.model)
     if not recipe.task:
         from .propose import task_of  # which imports transformers
 
@@ -190,6 +190,8 @@ def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, t
     _check_methods(file, recipe)
     recipe.training = _training(file, recipe.training, TASKS[recipe.task].generates)
     _check_together(file, recipe)
+    if taught := recipe.training.get("distillation"):
+        taught["teacher"] = _model(file, ("training", "distillation", "teacher"), taught["teacher"])
     return recipe
 
 
@@ -213,6 +215,16 @@ def schema() -> dict[str, Any]:
     }
     del found["properties"]["made_with"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+def _model(file: RecipeFile, at: Loc, name: str) -> str:
+    """A model's folder, absolute, or what may be its hub id."""
+    beside = file.path.absolute().parent / name
+    if beside.is_dir():
+        return str(beside.resolve())
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise file.error(at, f"there is no model folder {name}.")
+    return name
 
 
 def _first(file: RecipeFile, error: ValidationError, under: Loc = ()) -> RecipeError:
@@ -268,7 +280,9 @@ def _training(file: RecipeFile, given: dict[str, Any], generates: bool) -> dict[
         checked = known.model_validate({long: given[key] for long, key in written.items()})
     except ValidationError as error:
         found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a choice the one that was meant
-        at = ("training", written[str(found["loc"][0])])
+        at: Loc = ("training", written[str(found["loc"][0])])
+        for part in found["loc"][1:]:
+            at = (*at, part) if file.has((*at, part)) else at
         raise file.error(at, f"{file.name(at)}: {found['msg']}.") from None
     if not 0 <= (ratio := given.get("warmup_ratio", 0)) < 1:
         raise file.error(("training", "warmup_ratio"), f"training.warmup_ratio={ratio} is no share of the steps.")

@@ -43,16 +43,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def made_with(model: str, files: dict[str, Any]) -> dict[str, str]:
-    """Versions, and SHA-256 of the base model and of the data, by name."""
+def made_with(models: dict[str, str], files: dict[str, Any]) -> dict[str, str]:
+    """Versions, and SHA-256 of the models and of the data, by name."""
     packages = ("trimtab", "torch", "transformers", "accelerate", "datasets")
     found = {name: version(name) for name in packages}
-    folder = Path(model)
-    if folder.is_dir():
-        found["model"] = _hash(path for end in ("*.json", "*.safetensors", "*.bin") for path in folder.glob(end))
-    else:
-        config = transformers.AutoConfig.from_pretrained(model)
-        found["model"] = f"revision {getattr(config, '_commit_hash', None)}"
+    for name, model in models.items():
+        folder = Path(model)
+        if folder.is_dir():
+            found[name] = _hash(path for end in ("*.json", "*.safetensors", "*.bin") for path in folder.glob(end))
+        else:
+            config = transformers.AutoConfig.from_pretrained(model)
+            found[name] = f"revision {getattr(config, '_commit_hash', None)}"
     return found | hashes(files)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from . import checkpoint, files
 from .errors import TrainingError
 from .model import PeftModel
-from .objective import IGNORED, Objective
+from .objective import Objective
 from .optimizers import with_rates
+from .tasks.token_classification import IGNORED
 
 BAD_BATCH = "bad_batch.safetensors"
 MEMORY = ("not enough memory", "can't allocate memory", "out of memory")  # what PyTorch says where it has no class
@@ -68,6 +69,7 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
             **settings,
         )
         self.objective: Objective | None = objective
+        self.taught: Tensor | None = None  # the teacher's logits of the batch
         self.rates = rates
         self.evaluated: Any = None
         self.output = output
@@ -93,6 +95,7 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         if self.args.predict_with_generate:  # type: ignore[attr-defined]
             inputs = {**inputs, "decoder_input_ids": _decoder_inputs(own, inputs["labels"])}
         items = num_items_in_batch if own.training else None
+        self.taught = self.objective.teacher.logits(inputs) if self.objective.teacher and own.training else None
         loss, outputs = super().compute_loss(model, inputs, True, items)
         if own.training and (penalty := own.penalty()) is not None:
             loss = loss + penalty / getattr(self, "current_gradient_accumulation_steps", 1)  # once a step
@@ -101,11 +104,11 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         model: Any = self.model
         objective = self.objective if self.objective and model.training else Objective()
-        logits = outputs["logits"]
+        logits, taught = outputs["logits"], self.taught
         if self._loss_shifts_labels:
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            logits, labels, taught = logits[:, :-1], labels[:, 1:], None if taught is None else taught[:, :-1]
         items = objective.count(labels).to(logits.device) if num_items_in_batch is None else num_items_in_batch
-        return objective.loss(logits, labels, items)
+        return objective.loss(logits, labels, items, taught)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """The weights of all labels, where classes have weights, in place of their number."""

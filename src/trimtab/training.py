@@ -20,11 +20,11 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import files, layers, record, run
+from . import distillation, files, layers, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
-from .objective import Objective, class_weights
+from .objective import Distillation, Objective, class_weights
 from .optimizers import EMBEDDING_LR, loraplus_rates
 from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
@@ -37,7 +37,7 @@ from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
-CHANGES_LOSS = ("label_smoothing_factor", "class_weights")  # the keys of training that objective.py is about
+CHANGES_LOSS = ("class_weights", "distillation", "label_smoothing_factor")  # what objective.py is about
 NOT_WRITTEN = ("I/O error", "PytorchStreamWriter", "No space left", "unexpected pos")  # of safetensors, and of torch
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
@@ -92,7 +92,7 @@ def train(
     trainer = RunTrainer(
         recipe.output,
         task.metrics,
-        _objective(recipe, model, task, rows["train"]),
+        _objective(recipe, arguments, model, task, rows["train"]),
         _rates(recipe, arguments, model),
         model=model,
         args=arguments,
@@ -224,7 +224,8 @@ def _made_with(recipe: Recipe, augmenters: Sequence[Augmenter]) -> dict[str, str
     files = recipe.data.sources
     if recipe.data.augment and recipe.data.augment.synonyms:
         files["synonyms"] = recipe.data.augment.synonyms
-    made = record.made_with(recipe.model, files)
+    taught = {"teacher": recipe.training["distillation"]["teacher"]} if "distillation" in recipe.training else {}
+    made = record.made_with({"model": recipe.model, **taught}, files)
     if augmenters:
         made["augmenters"] = ", ".join(getattr(one, "__name__", type(one).__name__) for one in augmenters)
     return made
@@ -386,15 +387,19 @@ def _rates(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any
     return found
 
 
-def _objective(recipe: Recipe, model: Any, task: Any, rows: Any) -> Objective | None:
+def _objective(
+    recipe: Recipe, arguments: transformers.TrainingArguments, model: Any, task: Any, rows: Any
+) -> Objective | None:
     """What is minimized, where the recipe asks for more than the model's own loss. Raises: ConfigError."""
     asked = {name: recipe.training[name] for name in CHANGES_LOSS if recipe.training.get(name)}
     if not asked:
         return None
     _refuse(model, next(iter(asked)), "makes_loss", "makes a loss of its own")
-    weights = asked.get("class_weights")
+    weights, taught = asked.get("class_weights"), asked.get("distillation")
     return Objective(
-        asked.get("label_smoothing_factor", 0.0), weights and class_weights(weights, task.labels, rows["labels"])
+        asked.get("label_smoothing_factor", 0.0),
+        weights and class_weights(weights, task.labels, rows["labels"]),
+        taught and distillation.load(Distillation(**taught), task, model.dtype, arguments.device),
     )
 
 

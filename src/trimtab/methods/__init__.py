@@ -7,6 +7,7 @@ from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig
 from .compacter import CompacterConfig
 from .cpt import CPTConfig
+from .full import FullConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
 from .llama_adapter import AdaptionPromptConfig
@@ -32,6 +33,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "bottleneck": BottleneckConfig,
     "compacter": CompacterConfig,
     "cpt": CPTConfig,
+    "full": FullConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
     "llama_adapter": AdaptionPromptConfig,

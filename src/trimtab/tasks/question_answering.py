@@ -48,7 +48,8 @@ class QuestionAnswering(TextTask):
     task_type: ClassVar[TaskType] = TaskType.QUESTION_ANS
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
-    useless: ClassVar[frozenset[str]] = Task.useless | {"label_smoothing_factor"}  # its labels are a start and an end
+    # Of no use is what is about one label: here there are two, a start and an end.
+    useless: ClassVar[frozenset[str]] = Task.useless | {"label_smoothing_factor", "distillation"}
 
     unanswerable: bool
 
