@@ -9,9 +9,10 @@ import yaml
 from conftest import review, trimtab, write_csv
 from PIL import Image
 
-from trimtab import propose
+from trimtab import guess, propose
 from trimtab import recipe as recipes
 from trimtab.errors import ConfigError, DataError
+from trimtab.methods import METHODS
 from trimtab.outline import outline
 from trimtab.tasks import Data
 
@@ -57,18 +58,18 @@ def rows(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     indirect=["rows"],
 )
 def test_the_task_is_guessed(rows: Path, model: str, task: str, request: pytest.FixtureRequest) -> None:
-    assert propose.task_of(Data(train=rows), str(request.getfixturevalue(model))) == task
+    assert guess.task_of(Data(train=rows), str(request.getfixturevalue(model))) == task
 
 
 @pytest.mark.parametrize("rows", ["other"], indirect=True)
 def test_rows_for_no_task_say_what_is_missing(rows: Path, bert: Path) -> None:
     with pytest.raises(DataError, match=r"none of the tasks.*text-classification: .*which column is the text.*a, b"):
-        propose.task_of(Data(train=rows), str(bert))
+        guess.task_of(Data(train=rows), str(bert))
 
 
 def test_a_file_that_is_not_there_is_said_once(tmp_path: Path, bert: Path) -> None:
     with pytest.raises(DataError, match=r"rows.csv does not exist") as raised:
-        propose.task_of(Data(train=tmp_path / "rows.csv"), str(bert))
+        guess.task_of(Data(train=tmp_path / "rows.csv"), str(bert))
     assert str(raised.value).count("does not exist") == 1
 
 
@@ -85,20 +86,20 @@ def test_photos_are_for_models_that_see(tmp_path: Path, bert: Path) -> None:
         for i in range(3):
             Image.new("RGB", (8, 8), name).save(tmp_path / "photos" / name / f"{i}.png")
     data = Data(train=tmp_path / "photos")
-    assert propose.task_of(data, configured(tmp_path / "vit", model_type="vit")) == "image-classification"
+    assert guess.task_of(data, configured(tmp_path / "vit", model_type="vit")) == "image-classification"
     with pytest.raises(DataError, match="is a folder; give a file"):
-        propose.task_of(data, str(bert))
+        guess.task_of(data, str(bert))
 
 
 def test_a_model_without_a_task_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is a vits model, for which there is no task: text-classification, "):
-        propose.task_of(Data(train=tmp_path / "rows.csv"), configured(tmp_path / "vits", model_type="vits"))
+        guess.task_of(Data(train=tmp_path / "rows.csv"), configured(tmp_path / "vits", model_type="vits"))
 
 
 def test_layers_without_a_usual_name_are_named(tmp_path: Path, bert: Path) -> None:
     resnet = configured(tmp_path / "resnet", model_type="resnet", depths=[1], hidden_sizes=[8], embedding_size=8)
     xlnet = configured(tmp_path / "xlnet", model_type="xlnet", n_layer=1, d_model=8, n_head=2, d_inner=8)
-    methods = [yaml.safe_load(propose._method(outline(model))) for model in (resnet, xlnet, str(bert))]
+    methods = [propose._method(outline(model)) for model in (resnet, xlnet, str(bert))]
     assert methods[0] == {"name": "lora", "r": 8, "target_modules": ["convolution"]}
     assert methods[1] == {"name": "lora", "r": 8, "target_modules": ["layer_1", "layer_2"]}
     assert methods[2] == {"name": "lora", "r": 8}
@@ -144,6 +145,19 @@ def test_data_and_a_model_are_enough(
     assert facts["steps"] == f"steps {metrics['steps']}"
     assert "learning_rate: 0.01" in shown
     assert "Example 1" in shown
+
+
+def test_what_is_known_is_not_guessed(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "reviews.csv", [(*review(i), i) for i in range(24)], ("said", "how", "n"))
+    known = ["--set", "data.columns={text: said, label: how}", "--set", "method=ia3", "--set", "data.validation=0.25"]
+    assert trimtab("init", "reviews.csv", "--model", bert, *known) == 0
+    found = recipes.read(tmp_path / "recipe.yaml")
+    assert found.data.columns == {"text": "said", "label": "how"}
+    assert found.data.validation == 0.25
+    assert found.method == {"name": "ia3"}
+    assert found.training["learning_rate"] == pytest.approx(2e-3 * METHODS["ia3"].relative_rate)
+    assert trimtab("train", "reviews.csv", "--model", bert, *known, "--set", "training.epochs=1") == 0
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def read(path: Path, overrides: Iterable[str] = (), say: Say = lambda _: None, t
         raise _first(file, error) from None
     recipe.model = _model(file, ("model",), recipe.model)
     if not recipe.task:
-        from .propose import task_of  # which imports transformers
+        from .guess import task_of  # which imports transformers
 
         recipe.task = task_of(recipe.data, recipe.model)
         say(f"Task guessed: {recipe.task} (task: changes this)")

@@ -10,6 +10,9 @@ def init(
     data: Annotated[Path, typer.Argument(help="The training data: a table, a text, a folder or a .zip.")],
     model: Annotated[str, typer.Option(help="The model's folder, or its id on the hub.")],
     recipe: Annotated[Path, typer.Option(help="The file to write.")] = Path("recipe.yaml"),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What is known of the recipe already.")
+    ] = None,
 ) -> None:
     """Look at the data and write a commented recipe for them.
 
@@ -22,9 +25,9 @@ def init(
     from .quiet import quiet
 
     quiet()
-    from ..propose import recipe as proposed
-    from ..propose import run_folder
+    from ..propose import propose
 
+    text = propose(data, model, overrides or [])
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(proposed(data, model, run_folder(data)), encoding="utf-8")
+    recipe.write_text(text, encoding="utf-8")
     print(f"Wrote {recipe}. Read it, then: trimtab train {recipe}")

@@ -34,15 +34,16 @@ def train(
     quiet()
     from rich.console import Console
 
-    from .. import propose, training
     from .. import recipe as recipes
+    from .. import training
     from ..progress import ProgressBar
+    from ..propose import propose
     from ..report import plan, summary
 
     console = Console(highlight=False)
     say = partial(console.print, markup=False)
-    text = propose.recipe(recipe, model, propose.run_folder(recipe)) if model else None
-    found = recipes.read(recipe, overrides or (), say, text)
+    text = propose(recipe, model, overrides or []) if model else None
+    found = recipes.read(Path("recipe.yaml") if text else recipe, overrides or (), say, text)
     if dry_run:
         say(plan(training.planned(found, say)))
         return
