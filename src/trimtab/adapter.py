@@ -250,6 +250,11 @@ class PeftConfig(BaseModel, ABC):
         """
 
     @property
+    def acts_on_rows(self) -> bool:
+        """Whether the adapters act on each row as a whole, not on each token alike: before it, or at its ends."""
+        return False
+
+    @property
     def makes_loss(self) -> bool:
         """Whether the adapters make the model's loss, in place of its own."""
         return False
