@@ -42,3 +42,4 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	@$(BIN)/python -m trimtab.catalog docs/methods.md docs/benchmarks/methods.md
+	@$(BIN)/python -m trimtab.handbook docs/recipes.md

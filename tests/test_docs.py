@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import review, write_csv
 
-from trimtab import cli
+from trimtab import cli, handbook
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -62,3 +62,7 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_page_on_recipes_is_what_make_docs_makes() -> None:
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == handbook.page(), "run `make docs`"

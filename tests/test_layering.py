@@ -33,7 +33,7 @@ LAYERS = [
     {"propose"},
     {"objective"},
     {"recipe", "layers"},
-    {"run", "trainer", "record"},
+    {"run", "trainer", "record", "handbook"},
     {"distillation"},
     {"training"},
     {"evaluation"},

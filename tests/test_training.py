@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -299,6 +300,42 @@ def test_a_killed_run_goes_on_to_the_same_bits(recipe: Path, unbroken: Any, plac
     assert sorted(set(steps)) == list(range(1, 10))
     assert steps == sorted(steps)
     assert any("Going on after" in line for line in said) is (checkpoints is not None)
+    for line in said:  # "Going on after 6 of 9 steps; 3 are left."
+        if line.startswith("Going on after"):
+            done, total, left = map(int, re.findall(r"\d+", line))
+            assert total == metrics["steps"]
+            assert done + left == total
+
+
+LIMITED = """
+import resource, sys
+from trimtab.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # as on a full disk
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("limit", [3_000, 9_000])  # in the first checkpoint; in a later file of it
+def test_a_disk_that_is_full_costs_nothing_that_was_saved(recipe: Path, limit: int, unbroken: Any) -> None:
+    first = train(changed(recipe, "training.epochs=1"), silent)
+    before = saved(first.folder)
+    command = [sys.executable, "-c", LIMITED, str(limit), "train", str(recipe), "--set", "training.epochs=2"]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 2, ended.stderr
+    [line] = ended.stderr.splitlines()
+    assert re.match(r"error: .*run cannot be written to: .*make room, and go on", line)
+    assert same(saved(first.folder), before)
+    assert run.load(first.folder)
+    train(changed(recipe, "training.epochs=2"), silent, resume=True)
+    assert not same(saved(first.folder), before)
+
+
+def test_an_adapter_that_never_acts_is_no_result(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An aLoRA acts from its invocation tokens on; where rows lack them, only the head would be trained."""
+    monkeypatch.setattr("trimtab.training.run.logits", lambda *_: torch.zeros(3))
+    with pytest.raises(TrainingError, match="changes no prediction"):
+        train(changed(recipe, "training.epochs=1"), silent)
 
 
 def test_an_unfinished_run_can_be_thrown_away(recipe: Path, unbroken: Any) -> None:

@@ -209,6 +209,7 @@ class PeftConfig(BaseModel, ABC):
     example: ClassVar[dict[str, Any]] = {}  # settings without which the method's example would not run
     found_in_training: ClassVar[frozenset[str]] = frozenset()  # settings that training writes, loaded with the weights
     not_in_hf: ClassVar[frozenset[str]] = frozenset()  # keywords HF PEFT lacks: left out of the file while None
+    counts_steps: ClassVar[str | None] = None  # the setting that is the number of all optimizer steps
     compares_layers: ClassVar[bool] = False  # shares out a budget among all layers, which must train at once
 
     task_type: TaskType | None = None

@@ -56,7 +56,9 @@ def base(recipe: Recipe, task: Task) -> tuple[Any, list[str]]:
     if beams := recipe.training.get("generation_num_beams"):
         model.generation_config.num_beams = beams
     if length := recipe.training.get("generation_max_length"):
-        most = getattr(model.config, "max_position_embeddings", None) or length  # T5 has no limit
+        configs = (model.config, model.config.get_text_config(decoder=True))
+        known = [getattr(config, "max_position_embeddings", None) for config in configs]
+        most = next(filter(None, known), length)  # T5 has no limit
         if length > most:
             raise ConfigError(
                 f"{recipe.model} writes up to {most} tokens; training.generation_max_length is {length}. Make it less."

@@ -8,6 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import transformers
 import yaml
 from rich.text import Text
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import distillation, files, layers, record, run
@@ -36,6 +38,7 @@ from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 CHECKPOINTS = "checkpoints"
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
 CHANGES_LOSS = ("class_weights", "distillation", "label_smoothing_factor")  # what objective.py is about
+NOT_WRITTEN = ("I/O error", "PytorchStreamWriter", "No space left", "unexpected pos")  # of safetensors, and of torch
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
 
@@ -81,7 +84,7 @@ def train(
         say(line)
 
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note, augmenters)
-    recipe = _resolved(recipe, task)
+    recipe = _resolved(recipe, task).with_steps(steps_of(arguments, len(rows["train"])))
     recipe.made_with = _made_with(recipe, augmenters)
     last = _unfinished(recipe, resume, overwrite)
     _show_examples(task, rows["train"], say)
@@ -115,10 +118,12 @@ def train(
     _check_metric(arguments, before["validation"])
     start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     if last is not None:
-        say(f"Going on after {_steps(last)} steps.")
+        steps = steps_of(arguments, len(rows["train"]))
+        say(f"Going on after {_steps(last)} of {steps} steps; {steps - _steps(last)} are left.")
         if had_stopped(last):
             arguments.max_steps = _steps(last)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with _written(recipe.output):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     if all(torch.equal(value, start[name]) for name, value in model.named_parameters() if name in start):
         raise TrainingError("Training changed no weight of the adapter. Is the learning rate far too small?")
     after = {split: scores(trainer, found) for split, found in held_out.items()}
@@ -133,11 +138,16 @@ def train(
         "total_parameters": total,
     }
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    task.save(recipe.output)
-    recipe.write(recipe.output / RECIPE)
-    model.save_pretrained(recipe.output)
+    with _written(recipe.output):
+        task.save(recipe.output)
+        recipe.write(recipe.output / RECIPE)
+        model.save_pretrained(recipe.output)
     config = model.peft_config["default"].to_dict()
-    expected, device = run.logits(model, _sample(task, held_out["validation"])), model.device
+    sample = _sample(task, held_out["validation"])
+    expected, device = run.logits(model, sample), model.device
+    with model.disable_adapter():
+        if torch.equal(expected, run.logits(model, sample)):
+            raise TrainingError("The trained adapter changes no prediction. Does anything in these rows make it act?")
     del model, trainer
     gc.collect()
     _check_saved(recipe.output, held_out["validation"], expected, device)
@@ -149,6 +159,20 @@ def train(
     record.write(recipe.output, recipe.output.name, written, metrics, config, noted)
     shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
     return Result(recipe.output, metrics)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Turn what each library says of a disk that is full, or cannot be written to, into one error."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if not isinstance(error, OSError) and not any(words in reason for words in NOT_WRITTEN):
+            raise
+        raise CheckpointError(
+            f"{folder} cannot be written to: {reason}. What was saved before is there: make room, and go on (--resume)."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -171,15 +195,21 @@ def planned(recipe: Recipe, say: Say = print) -> Planned:
     """
     arguments = arguments_of(recipe)
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
-    recipe = _resolved(recipe, task)
+    steps = steps_of(arguments, len(rows["train"]))
+    recipe = _resolved(recipe, task).with_steps(steps)
     _show_examples(task, rows["train"], say)
     with torch.device("meta"):
         model = with_adapter(recipe, task, task.outline(recipe.model), [])
     trainable, total = model.get_nb_trainable_parameters()
-    batches = math.ceil(len(rows["train"]) / arguments.per_device_train_batch_size)
-    each = math.ceil(batches / arguments.gradient_accumulation_steps)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * each)
     return Planned(recipe, {split: task.count(found) for split, found in rows.items()}, trainable, total, steps)
+
+
+def steps_of(arguments: transformers.TrainingArguments, rows: int) -> int:
+    """How often a training on so many rows changes the weights."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    batches: int = math.ceil(rows / arguments.train_batch_size / arguments.world_size)
+    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
 
 
 def _show_examples(task: Task, rows: Any, say: Say) -> None:

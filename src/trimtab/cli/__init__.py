@@ -52,6 +52,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command line; what the user can put right is said in one line, with exit code 2."""
     try:
         app(arguments)
-    except TrimtabError as error:
+    except (TrimtabError, OSError) as error:  # such as a full disk, or a folder that may not be written to
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

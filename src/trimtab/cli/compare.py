@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-USUAL = "lora,adalora,prefix,prompt,bottleneck,bitfit,ia3"
+USUAL = "lora,adalora,prefix,prompt,bottleneck,bitfit,ia3,full"
 
 
 def compare(

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+PART = 64  # inputs that are predicted before the progress bar moves
+
 
 def predict(
     folder: Annotated[Path, typer.Argument(help="The folder that train wrote.")],
@@ -24,16 +26,20 @@ def predict(
 
     quiet()
     from rich.console import Console
+    from rich.progress import track
 
     from .. import run
     from ..report import predictions
 
     found = run.load(folder)
     inputs = found.task.inputs(file) if file else found.task.asked(texts or ())
-    answers = found.task.predict(found.model, inputs)
+    console = Console(highlight=False)
+    parts = [inputs[start : start + PART] for start in range(0, len(inputs), PART)]
+    watched = track(parts, "Predicting", console=Console(stderr=True), transient=True, disable=not console.is_terminal)
+    answers = [answer for part in watched for answer in found.task.predict(found.model, part)]
     shown = [found.task.title(given) for given in inputs]
     if as_json:
         for text, answer in zip(shown, answers, strict=True):
             print(json.dumps({"input": text, **answer}, ensure_ascii=False))
         return
-    Console(highlight=False).print(predictions(shown, answers))
+    console.print(predictions(shown, answers))

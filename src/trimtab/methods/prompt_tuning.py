@@ -79,7 +79,7 @@ class PromptTuningConfig(TextConfig):
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     trains: ClassVar[str] = "embeddings of virtual tokens"
-    relative_rate: ClassVar[float] = 80.0
+    relative_rate: ClassVar[float] = 20.0
     when: ClassVar[str] = (
         "Very large models with many tasks, one small file each, where the model's layers must not be touched."
     )

@@ -87,7 +87,7 @@ class TrainableTokensConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     trains: ClassVar[str] = "embeddings of chosen tokens"
-    relative_rate: ClassVar[float] = 8.0
+    relative_rate: ClassVar[float] = 2.0
     when: ClassVar[str] = (
         "New tokens, or tokens with a new meaning: after resize_token_embeddings, beside LoRA with "
         "trainable_token_indices."

@@ -3,6 +3,7 @@
 from .audio_classification import AudioClassification
 from .automatic_speech_recognition import SpeechRecognition
 from .image_classification import ImageClassification
+from .image_to_text import ImageToText
 from .next_item import NextItem
 from .question_answering import QuestionAnswering
 from .rating_prediction import RatingPrediction
@@ -12,6 +13,7 @@ from .text_classification import TextClassification
 from .text_generation import TextGeneration
 from .text_regression import TextRegression
 from .token_classification import TokenClassification
+from .visual_question_answering import VisualQuestionAnswering
 
 __all__ = ["TASKS", "Data", "Task"]
 
@@ -25,6 +27,8 @@ TASKS: dict[str, type[Task]] = {
     "rating-prediction": RatingPrediction,
     "next-item": NextItem,
     "image-classification": ImageClassification,
+    "visual-question-answering": VisualQuestionAnswering,
+    "image-to-text": ImageToText,
     "audio-classification": AudioClassification,
     "automatic-speech-recognition": SpeechRecognition,
 }
