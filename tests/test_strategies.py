@@ -18,7 +18,7 @@ from trimtab import recipe as recipes
 from trimtab.errors import ConfigError
 from trimtab.objective import Objective, class_weights
 from trimtab.trainer import RunTrainer
-from trimtab.training import Result, arguments_of, train
+from trimtab.training import Result, arguments_of, planned, train
 
 
 def silent(line: str) -> None:
@@ -329,3 +329,47 @@ def test_a_run_with_weighted_classes(recipe: Path, still: str) -> None:
     close(saved(result), saved(train(changed(recipe, *settings, *parts), silent)))
     with pytest.raises(ConfigError, match=r"class_weights: there is no label 'prase'\. Did you mean 'praise'"):
         train(changed(recipe, "training.class_weights={prase: 3}"), silent)
+
+
+# A budget of ranks that falls during the run
+
+ADALORA = "method={name: adalora, init_r: 3, target_r: 1, tinit: 1, tfinal: 2, target_modules: [query, value]}"
+LAST = "training.load_best_model_at_end=false"  # the best may be of a step before the final choice
+
+
+def test_adalora_knows_the_steps_of_the_run(recipe: Path) -> None:
+    """18 rows in batches of 6, 2 epochs. In the end 1 triplet is kept for each of the 4 sites on average."""
+    result = train(changed(recipe, ADALORA, LAST), silent)
+    config = AdaLoraConfig.from_pretrained(result.folder)
+    assert config.total_step == result.metrics["steps"] == 6
+    assert sum(map(sum, config.rank_pattern.values())) == 4
+    kept = {name: value.shape[0] for name, value in saved(result).items() if name.endswith("lora_E")}
+    assert sum(kept.values()) == 4
+    assert recipes.read(result.folder / "recipe.yaml").method["total_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        (["training.batch_size=4", "training.gradient_accumulation_steps=2"], 6),
+        (["training.batch_size=7", "training.epochs=1.5"], 5),
+        (["training.max_steps=4"], 4),
+    ],
+)
+def test_steps_are_counted_as_trainer_does(recipe: Path, settings: list[str], steps: int) -> None:
+    assert planned(changed(recipe, *settings), silent).steps == steps
+    assert train(changed(recipe, *settings), silent).metrics["steps"] == steps
+
+
+def test_a_schedule_that_does_not_fit_the_run_is_refused(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method.total_step=7, but the run has 6 steps. Leave it out"):
+        train(changed(recipe, ADALORA.replace("tinit", "total_step: 7, tinit")), silent)
+    with pytest.raises(ConfigError, match=r"tinit=4 and tfinal=2 leave none of total_step=6 steps"):
+        train(changed(recipe, ADALORA.replace("tinit: 1", "tinit: 4")), silent)
+
+
+@pytest.mark.parametrize("step", [3, 5], ids=["while ranks fall", "when they are chosen"])
+def test_adalora_goes_on_after_a_break_to_the_same_bits(recipe: Path, step: int) -> None:
+    settings = [ADALORA, LAST, "training.eval_strategy=steps", "training.eval_steps=1"]
+    through = train(changed(recipe, *settings, "output=through"), silent)
+    assert same(saved(broken_and_resumed(changed(recipe, *settings), step)), saved(through))

@@ -209,6 +209,7 @@ class PeftConfig(BaseModel, ABC):
     example: ClassVar[dict[str, Any]] = {}  # settings without which the method's example would not run
     found_in_training: ClassVar[frozenset[str]] = frozenset()  # settings that training writes, loaded with the weights
     not_in_hf: ClassVar[frozenset[str]] = frozenset()  # keywords HF PEFT lacks: left out of the file while None
+    counts_steps: ClassVar[str | None] = None  # the setting that is the number of all optimizer steps
     compares_layers: ClassVar[bool] = False  # shares out a budget among all layers, which must train at once
 
     task_type: TaskType | None = None
@@ -248,6 +249,11 @@ class PeftConfig(BaseModel, ABC):
         Raises:
             TargetError: nothing matches, or a matching module cannot be adapted.
         """
+
+    @property
+    def acts_on_rows(self) -> bool:
+        """Whether the adapters act on each row as a whole, not on each token alike: before it, or at its ends."""
+        return False
 
     @property
     def makes_loss(self) -> bool:

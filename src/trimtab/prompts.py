@@ -197,6 +197,10 @@ class PromptLearningConfig(SavedModulesConfig):
     num_attention_heads: int | None = Field(default=None, ge=1)
     num_layers: int | None = Field(default=None, ge=1)
 
+    @property
+    def acts_on_rows(self) -> bool:
+        return True
+
     def resolved(self, model: nn.Module) -> Self:
         config = super().resolved(model)
         sizes: Any = getattr(model, "config", None)

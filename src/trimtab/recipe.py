@@ -24,6 +24,7 @@ keys of `method` are those of the method's config class; those of `training` are
 A key without a value means its default. What is wrong is said with file and line: nothing in a recipe is ignored.
 """
 
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -57,7 +58,7 @@ SHORT = {
 
 # TrainingArguments' fields that a run decides by itself, or that would act outside its folder.
 NOT_OFFERED = frozenset(
-    "accelerator_config batch_eval_metrics ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb "
+    "accelerator_config batch_eval_metrics dataloader_drop_last ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb "
     "ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval do_predict do_train "
     "enable_jit_checkpoint eval_do_concat_batches eval_on_start eval_use_gather_object fsdp fsdp_config "
     "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip "
@@ -129,6 +130,11 @@ class Recipe(BaseModel):
     @property
     def seed(self) -> int:
         return int(self.training.get("seed", 0))
+
+    def with_steps(self, steps: int) -> "Recipe":
+        """The recipe, its methods told how many steps the run has, where they want to know. Raises: ConfigError."""
+        told = [_told(method, steps) for method in self.methods]
+        return self.model_copy(update={"method": told if isinstance(self.method, list) else told[0]})
 
     def config(self, tokens: Sequence[int] = (), **more: Any) -> PeftConfig:
         """The method's config, with settings that the recipe does not have; beside tokens that are trained, a union.
@@ -237,7 +243,18 @@ def _first(file: RecipeFile, error: ValidationError, under: Loc = ()) -> RecipeE
 
 
 def _made(method: dict[str, Any]) -> PeftConfig:
-    return METHODS[method["name"]](**{key: value for key, value in method.items() if key != "name"})
+    config = METHODS[method["name"]]
+    untold = {config.counts_steps: sys.maxsize} if config.counts_steps else {}  # until the run is known
+    return config(**{**untold, **{key: value for key, value in method.items() if key != "name"}})
+
+
+def _told(method: dict[str, Any], steps: int) -> dict[str, Any]:
+    setting = METHODS[method["name"]].counts_steps
+    if setting is None:
+        return method
+    if method.get(setting, steps) > steps:
+        raise ConfigError(f"method.{setting}={method[setting]}, but the run has {steps} steps. Leave it out.")
+    return {setting: steps, **method}
 
 
 def _check_methods(file: RecipeFile, recipe: Recipe) -> None:

@@ -29,7 +29,7 @@ from .optimizers import EMBEDDING_LR, loraplus_rates
 from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
-from .tasks import TASKS, Task
+from .tasks import TASKS, Task, packing
 from .tasks.augmentation import Augmenter
 from .tasks.columns import Say
 from .tasks.task import Piece
@@ -84,7 +84,7 @@ def train(
         say(line)
 
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note, augmenters)
-    recipe = _resolved(recipe, task)
+    recipe = _resolved(recipe, task).with_steps(steps_of(arguments, len(rows["train"])))
     recipe.made_with = _made_with(recipe, augmenters)
     last = _unfinished(recipe, resume, overwrite)
     _show_examples(task, rows["train"], say)
@@ -109,6 +109,9 @@ def train(
     # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the labels of all
     # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
     trainer.model_accepts_loss_kwargs &= task.divides_loss
+    if recipe.data.packing:
+        _refuse(model, "data.packing", "acts_on_rows", "acts on each row as a whole, which in a block it could not")
+        packing.check(model, rows["train"])
     trainer.try_longest(task.length)
     held_out = {split: found for split, found in rows.items() if split != "train"}
     before = {split: scores(trainer, found) for split, found in held_out.items()}
@@ -192,12 +195,12 @@ def planned(recipe: Recipe, say: Say = print) -> Planned:
     """
     arguments = arguments_of(recipe)
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, say)
-    recipe = _resolved(recipe, task)
+    steps = steps_of(arguments, len(rows["train"]))
+    recipe = _resolved(recipe, task).with_steps(steps)
     _show_examples(task, rows["train"], say)
     with torch.device("meta"):
         model = with_adapter(recipe, task, task.outline(recipe.model), [])
     trainable, total = model.get_nb_trainable_parameters()
-    steps = steps_of(arguments, len(rows["train"]))
     return Planned(recipe, {split: task.count(found) for split, found in rows.items()}, trainable, total, steps)
 
 
@@ -394,7 +397,7 @@ def _objective(
     asked = {name: recipe.training[name] for name in CHANGES_LOSS if recipe.training.get(name)}
     if not asked:
         return None
-    _refuse(model, next(iter(asked)), "makes_loss", "makes a loss of its own")
+    _refuse(model, f"training.{next(iter(asked))}", "makes_loss", "makes a loss of its own")
     weights, taught = asked.get("class_weights"), asked.get("distillation")
     return Objective(
         asked.get("label_smoothing_factor", 0.0),
@@ -408,7 +411,7 @@ def _refuse(model: Any, key: str, trait: str, reason: str) -> None:
     config = model.peft_config["default"]
     for method in (config, *config.union_of()):
         if getattr(method, trait):
-            raise ConfigError(f"training.{key}: {type(method).__name__} {reason}. Leave out the one or the other.")
+            raise ConfigError(f"{key}: {type(method).__name__} {reason}. Leave out the one or the other.")
 
 
 def _strategies(recipe: Recipe, model: Any) -> list[transformers.TrainerCallback]:
@@ -417,7 +420,9 @@ def _strategies(recipe: Recipe, model: Any) -> list[transformers.TrainerCallback
     if patience := asked.get("early_stopping_patience"):
         found.append(transformers.EarlyStoppingCallback(patience, asked.get("early_stopping_threshold", 0.0)))
     if begin := asked.get("gradual_unfreezing"):
-        _refuse(model, "gradual_unfreezing", "compares_layers", "compares all layers, which must train at once")
+        _refuse(
+            model, "training.gradual_unfreezing", "compares_layers", "compares all layers, which must train at once"
+        )
         found.append(layers.GradualUnfreezing(model, begin, asked.get("unfreezing_ratio", 1.0)))
     return found
 

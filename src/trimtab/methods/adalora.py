@@ -72,7 +72,8 @@ class AdaLoraAdapter(Adapter):
 class AdaLoraConfig(TargetConfig):
     """AdaLoRA's settings; the steps are steps of the optimizer.
 
-    init_r, target_r: rank of every site at first, and on average in the end. total_step: steps of the whole training.
+    init_r, target_r: rank of every site at first, and on average in the end. total_step: steps of the whole training,
+    which a recipe leaves out. A checkpoint of before the final choice holds all triplets, also where it is the best.
     tinit, tfinal: steps at the start and at the end in which ranks stay. deltaT: steps between two choices.
     beta1, beta2: smoothing of sensitivity and uncertainty. orth_reg_weight: of the penalty R. lora_alpha:
     s = lora_alpha / init_r. lora_dropout: on x. init_lora_weights: False starts at random. rank_pattern: which
@@ -93,6 +94,7 @@ class AdaLoraConfig(TargetConfig):
         **LoraConfig.hf_only, **{name: field.default for name, field in LoraConfig.model_fields.items()}
     }  # fmt: skip
     example: ClassVar[dict[str, Any]] = {"total_step": 1000}
+    counts_steps: ClassVar[str] = "total_step"
     compares_layers: ClassVar[bool] = True
     found_in_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 

@@ -211,6 +211,10 @@ class LoraConfig(TargetConfig):
             raise ValueError(f"no start is known by that name.{did_you_mean(value, known)}")
         return value
 
+    @property
+    def acts_on_rows(self) -> bool:
+        return self.alora_invocation_tokens is not None
+
     def resolved(self, model: nn.Module) -> "LoraConfig":
         config = super().resolved(model)
         fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())

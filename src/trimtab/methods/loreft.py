@@ -124,6 +124,10 @@ class LoReftConfig(TargetConfig):
             raise ValueError("first=0 and last=0 leave no position to edit. Closest: last=1")
         return self
 
+    @property
+    def acts_on_rows(self) -> bool:
+        return True
+
     def default_targets(self, model: nn.Module) -> list[str]:
         found = [re.match(r"(?:.*?\.)??\d+(?=\.)", part) for part in parts(model)]
         blocks = list(dict.fromkeys(hit[0] for hit in found if hit))

@@ -85,6 +85,10 @@ class UnionConfig(SavedModulesConfig):
             return value
         return [PeftConfig.from_dict(part) if isinstance(part, dict) else part for part in value]
 
+    @property
+    def acts_on_rows(self) -> bool:
+        return self.gated  # by the mean over a row
+
     def union_of(self) -> list[PeftConfig]:
         return list(self.methods)
 

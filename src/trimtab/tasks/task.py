@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from ..adapter import TaskType
 from ..errors import CheckpointError, ConfigError
@@ -29,8 +29,9 @@ class Data(BaseModel):
     a column -> its name in the files; guessed where not given.
 
     The rest are of use to some tasks only (`Task.reads`). max_length: tokens; longer rows are cut. prefix: goes before
-    each text that is read. drop: which rows are not trained on, beside those with empty cells (cleaning.py).
-    augment: copies of training rows with other words (augmentation.py).
+    each text that is read. packing: rows share blocks of max_length tokens in training (packing.py). drop: which rows
+    are not trained on, beside those with empty cells (cleaning.py). augment: copies of training rows with other words
+    (augmentation.py).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,6 +42,7 @@ class Data(BaseModel):
     columns: dict[str, str] = {}
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
     prefix: str | None = None
+    packing: StrictBool | None = None
     drop: list[cleaning.Reason] | None = None
     augment: augmentation.Augment | None = None
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from ..adapter import TaskType
 from ..errors import ConfigError, DataError
-from . import columns, rows
+from . import columns, packing, rows
 from .columns import Cells, Say
 from .paths import Source
 from .task import Data, Piece
@@ -26,7 +26,8 @@ class TextGeneration(TextTask):
     """A row is a text; a prompt (with an input, where there is one) and its answer; or a list of messages.
 
     Prompts and messages are written in the tokenizer's chat template, or where it has none as lines. Of them only the
-    answers are learned, with the token that ends each. Texts are learned whole, and long ones in blocks.
+    answers are learned, with the token that ends each. Texts are learned whole, and long ones in blocks. packing: rows
+    to train on share blocks (packing.py).
     """
 
     usual: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -43,6 +44,9 @@ class TextGeneration(TextTask):
     metric: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
     divides_loss: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = TextTask.reads | {"packing"}
+
+    packing: bool = False
 
     @classmethod
     def read(cls, source: Source, split: str, say: Say) -> Any:
@@ -92,7 +96,7 @@ class TextGeneration(TextTask):
         tokenizer = cls.load_reader(model)
         if tokenizer.eos_token is None:
             raise ConfigError(f"The tokenizer of {model} has no token that ends a text, so answers would never end.")
-        return cls(names, tokenizer, cls.limit(data, model, tokenizer))
+        return cls(names, tokenizer, cls.limit(data, model, tokenizer), bool(data.packing))
 
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         import datasets
@@ -119,7 +123,16 @@ class TextGeneration(TextTask):
                 f"{split}: of no row an answer ends within {self.max_length} tokens, so nothing can be learned. Raise "
                 f"data.max_length. The last row starts: {self._start(messages)!r}"
             )
+        if self.packing and split == "train":
+            blocks = packing.packed(found, self.max_length)
+            say(f"{split}: {len(found)} rows packed into {len(blocks)} blocks of up to {self.max_length} tokens")
+            found = blocks
         return datasets.Dataset.from_list(found)
+
+    def count(self, rows: Any) -> int:
+        if "position_ids" not in rows.column_names:
+            return super().count(rows)
+        return sum(block.count(0) for block in rows["position_ids"])
 
     def too_long(self, cells: Cells) -> set[int]:
         if "text" in cells:
@@ -180,10 +193,12 @@ class TextGeneration(TextTask):
         import torch
 
         width = max(len(row["input_ids"]) for row in rows)
-        filled = {"input_ids": self.reader.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        # In packed blocks each token that pads is a row of its own, at the position 0.
+        filled = {"input_ids": self.reader.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": IGNORED}
         return {
             name: torch.tensor([padded(row[name], width, value, before=False) for row in rows])
             for name, value in filled.items()
+            if name in rows[0]
         }
 
     def reduced(self, logits: Any, labels: Any) -> Any:
