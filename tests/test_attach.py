@@ -215,3 +215,22 @@ def test_a_trained_copy_of_a_norm_counts_statistics_of_its_own(tmp_path: Path) -
         other: Any = PeftModel.from_pretrained(copy.deepcopy(base), folder)
         torch.testing.assert_close(other.eval()(x), found)
         torch.testing.assert_close(model.merge_and_unload()(x), found)
+
+
+def test_a_chain_of_layers_stays_one_while_its_copy_is_trained() -> None:
+    """nn.Sequential calls whatever it finds in itself, such as the adapters there."""
+    net = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))})
+    net.forward = lambda x: net["head"](net["body"](x))  # type: ignore[method-assign]
+    x, head, last = torch.randn(3, 4), net["head"], net["head"][-1]
+    before = net(x)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
+    assert torch.equal(model(x), before)
+    copied = [value for value in model.parameters() if value.requires_grad and value.shape == (2,)]
+    with torch.no_grad():
+        copied[0].add_(1.0)
+    torch.testing.assert_close(model(x), before + 1)
+    assert len(head) == 3
+    assert list(head)[-1] is head[-1] is last
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    assert torch.equal(model.unload()(x), before)

@@ -196,7 +196,7 @@ def test_the_loss_is_that_of_the_caption_and_its_end(tmp_path: Path, captioner: 
         losses += (-likely[0].gather(1, ids[0][:, None])).flatten().tolist()
     assert model(**batch).loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
     task.reader.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
-    assert task._labels("blue") == batch["labels"][2, :2].tolist()  # GPT-2's does not end its texts
+    assert task.labels("blue") == batch["labels"][2, :2].tolist()  # GPT-2's does not end its texts
     _, rows, said = prepare("image-to-text", captioner, train=path, validation=path, max_length=3)
     assert "train: 2 of 3 texts cut to 3 tokens" in said
     assert max(map(len, rows["train"]["labels"])) == 3

@@ -137,6 +137,17 @@ class AnySite(Swapped, nn.Module):
     _active: Active
     _kept: dict[str, Any]  # while merged: the parameters as they were
 
+    @classmethod
+    def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """nn.Sequential calls all that it finds in itself: the adapters are no part of the chain."""
+        if not issubclass(original, nn.Sequential):
+            return {}
+
+        def own(site: AnySite) -> list[nn.Module | None]:
+            return [module for name, module in site._modules.items() if name != "adapters"]
+
+        return {"__iter__": lambda site: iter(own(site)), "__len__": lambda site: len(own(site))}
+
     def acting(self, on_input: bool = False) -> list[Adapter]:
         """The adapters that shape this call: active, and not already in the weights.
 

@@ -1,6 +1,5 @@
 """Speech recognition: what is said in a recording, written by an encoder-decoder such as Whisper. Scores: WER, CER."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -8,30 +7,19 @@ from ..errors import ConfigError, DataError
 from . import collection, models
 from .audio import AudioTask
 from .columns import Cells, Say
-from .media import BATCH
+from .media import MediaToText
 from .task import Data, Piece
-from .token_classification import IGNORED, padded
 
 
 @dataclass(frozen=True)
-class SpeechRecognition(AudioTask):
-    """The decoder's inputs are the labels, shifted by the model, which puts its `start` token before them.
-
-    max_tokens: the most that it can write.
-    """
-
+class SpeechRecognition(AudioTask, MediaToText):
     usual: ClassVar[dict[str, tuple[str, ...]]] = {
         "file": ("file", "file_name", "filename", "audio", "path", "filepath", "id"),
         "text": ("text", "sentence", "transcript", "transcription", "normalized_text", "label"),
     }
-    answer: ClassVar[str] = "text"
     auto: ClassVar[str] = "AutoModelForSpeechSeq2Seq"
     metric: ClassVar[str] = "wer"
     higher_is_better: ClassVar[bool] = False
-    generates: ClassVar[bool] = True
-
-    start: int
-    max_tokens: int
 
     @classmethod
     def load_reader(cls, model: str) -> Any:
@@ -59,29 +47,25 @@ class SpeechRecognition(AudioTask):
         longest = getattr(decoder, "max_target_positions", None) or decoder.max_position_embeddings
         return cls(names, cls.load_reader(model), config.decoder_start_token_id, longest)
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.reader.tokenizer
-
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         """Rows without those of which a part would be lost: what is not heard cannot be learned to be written."""
         import datasets
 
-        labels = [self._labels(text) for text in cells["text"]]
+        labels = [self.labels(text) for text in cells["text"]]
         seconds = [self.seconds(file) for file in cells["file"]]
         limit = self.longest() or float("inf")
         if too_long := sum(length > limit for length in seconds):
             say(f"{split}: {too_long} rows dropped, whose recordings are longer than {limit:g} seconds")
         heard = [i for i in range(len(labels)) if seconds[i] <= limit]
-        kept = [i for i in heard if len(labels[i]) <= self.max_tokens]
+        kept = [i for i in heard if len(labels[i]) <= self.max_length]
         if len(kept) < len(heard):
-            say(f"{split}: {len(heard) - len(kept)} rows dropped, whose texts are longer than {self.max_tokens} tokens")
+            say(f"{split}: {len(heard) - len(kept)} rows dropped, whose texts are longer than {self.max_length} tokens")
         if not kept:
             raise DataError(f"{split}: all rows are too long, the first with {seconds[0]:g} seconds.")
         rows = {"file": cells["file"], "seconds": seconds, "labels": labels}
         return datasets.Dataset.from_dict({name: [values[i] for i in kept] for name, values in rows.items()})
 
-    def _labels(self, text: str) -> list[int]:
+    def labels(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text).input_ids
         return ids[1:] if ids[0] == self.start else ids
 
@@ -92,40 +76,9 @@ class SpeechRecognition(AudioTask):
     def length(self, row: dict[str, Any]) -> int:
         return super().length(row) + len(row["labels"])
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.batch(row["file"] for row in rows), **self._targets([row["labels"] for row in rows])}
-
-    def _targets(self, labels: list[list[int]]) -> dict[str, Any]:
-        import torch
-
-        width = max(map(len, labels))
-        return {"labels": torch.tensor([padded(row, width, IGNORED, before=False) for row in labels])}
-
     def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:
         """Errors of words and of characters over all rows, from 0; above 1 where more is written than was said."""
         import jiwer
-        import numpy as np
 
-        written = np.where(evaluation.predictions == IGNORED, self.tokenizer.pad_token_id, evaluation.predictions)
-        wanted, found = self._texts(rows["labels"]), self._texts(written)
+        wanted, found = self.texts(rows["labels"]), self.written(evaluation)
         return {"wer": float(jiwer.wer(wanted, found)), "cer": float(jiwer.cer(wanted, found))}
-
-    def _texts(self, ids: Any) -> list[str]:
-        plain = [list(map(int, row)) for row in ids]  # Whisper's decodes nothing else
-        return [text.strip() for text in self.tokenizer.batch_decode(plain, skip_special_tokens=True)]
-
-    def example(self) -> dict[str, Any]:
-        noise, labels = self.noise(), self._labels("one two three")[: self.max_tokens]
-        return {**self.features(noise), **self._targets([labels] * len(noise))}
-
-    def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """What is said in each file."""
-        import torch
-
-        found: list[dict[str, Any]] = []
-        for start in range(0, len(inputs), BATCH):
-            batch = self.batch(inputs[start : start + BATCH])
-            with torch.inference_mode():
-                ids = model.eval().generate(**{name: value.to(model.device) for name, value in batch.items()})
-            found += [{"text": text} for text in self._texts(ids)]
-        return found

@@ -15,6 +15,7 @@ from .models import Quantization
 from .paths import Source
 from .task import Data, Piece, Task
 from .text_classification import accuracy, classes, classifier, commonest, likely, no_classes, numbers
+from .token_classification import IGNORED, padded
 
 BATCH = 16  # files that are predicted at a time
 
@@ -145,3 +146,62 @@ class MediaClassification(MediaTask):
         for start in range(0, len(inputs), BATCH):
             found += likely(self.labels, model, self.batch(inputs[start : start + BATCH]))
         return found
+
+
+@dataclass(frozen=True)
+class MediaToText(MediaTask):
+    """A file to what an encoder-decoder writes of it.
+
+    The decoder's inputs are the labels, shifted by the model, which puts its `start` token before them. max_length:
+    tokens of a text.
+    """
+
+    answer: ClassVar[str] = "text"
+    generates: ClassVar[bool] = True
+
+    start: int
+    max_length: int
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.reader.tokenizer
+
+    @abstractmethod
+    def labels(self, text: str) -> list[int]:
+        """The tokens to write, without `start`."""
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.batch(row["file"] for row in rows), **_targets([row["labels"] for row in rows])}
+
+    def written(self, evaluation: Any) -> list[str]:
+        import numpy as np
+
+        ids = evaluation.predictions
+        return self.texts(np.where(ids == IGNORED, self.tokenizer.pad_token_id, ids))
+
+    def texts(self, ids: Any) -> list[str]:
+        plain = [list(map(int, row)) for row in ids]  # Whisper's decodes nothing else
+        return [text.strip() for text in self.tokenizer.batch_decode(plain, skip_special_tokens=True)]
+
+    def example(self) -> dict[str, Any]:
+        noise, labels = self.noise(), self.labels("one two three")[: self.max_length]
+        return {**self.features(noise), **_targets([labels] * len(noise))}
+
+    def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the model writes for each file."""
+        import torch
+
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(inputs), BATCH):
+            batch = self.batch(inputs[start : start + BATCH])
+            with torch.inference_mode():
+                ids = model.eval().generate(**{name: value.to(model.device) for name, value in batch.items()})
+            found += [{"text": text} for text in self.texts(ids)]
+        return found
+
+
+def _targets(labels: list[list[int]]) -> dict[str, Any]:
+    import torch
+
+    width = max(map(len, labels))
+    return {"labels": torch.tensor([padded(row, width, IGNORED, before=False) for row in labels])}
