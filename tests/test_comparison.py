@@ -113,7 +113,7 @@ def test_methods_are_trained_once_and_those_that_do_not_fit_say_why(
     found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     lora, tokens = found["rows"]
     assert "no token is chosen" in tokens["failed"]
-    assert f"trainable_tokens  not trained: {tokens['failed']}" in shown
+    assert f"trainable_tokens was not trained: {tokens['failed']}" in shown
     metrics = json.loads((folder / "lora-0.01-0" / "metrics.json").read_text(encoding="utf-8"))
     assert lora["score"] == metrics["test"]["accuracy"]
     assert lora["seconds"] == metrics["seconds"]

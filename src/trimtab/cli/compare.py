@@ -43,7 +43,7 @@ def compare(
     read = recipes.read(recipe, overrides or (), say)
     folder = read.output.with_name(f"{read.output.name}-compared")
     todo = comparison.trials(read, names, tries, [int(seed) for seed in seeds.split(",")], folder)
-    shown = partial(track, description="Comparing", console=console, disable=not console.is_terminal)
-    found = comparison.compare(todo, folder, say, shown)
-    table = columns([(comparison.HEADS[0], found.metric, *comparison.HEADS[2:]), *map(comparison.cells, found.rows)])
-    say(f"\n{table}\n\nThe table, the plot and each run are in {folder}")
+    watched = partial(track, description="Comparing", console=console, disable=not console.is_terminal)
+    found = comparison.compare(todo, folder, say, watched)
+    shown = [columns(comparison.table(found)), *comparison.failures(found)]
+    say("", "\n".join(shown), f"\nThe table, the plot and each run are in {folder}", sep="\n")
