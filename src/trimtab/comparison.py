@@ -207,7 +207,7 @@ def _measured(trials: list[Trial], metric: str, at_the_end: bool) -> Row:
 
 
 def _latency(trial: Trial) -> float:
-    """Seconds that one row takes through the model: the least of PASSES, for what else the machine does only adds to it."""
+    """Seconds that one row takes through the model: the least of PASSES, for other work only adds to it."""
     found = run.load(trial.recipe.output)
     batch = {name: value[:1] for name, value in found.task.example().items()}
     times = []
