@@ -25,7 +25,7 @@ def propose(data: Path, model: str, overrides: list[str]) -> str:
     """
     output = Path("runs") / data.name.partition(".")[0]
     given = {"model": model, "data": {"train": str(data)}, "method": {"name": "lora"}, "output": str(output)}
-    known = recipes.read(Path("recipe.yaml"), overrides, text=yaml.safe_dump(given))
+    known = recipes.read(Path("proposed recipe"), overrides, text=yaml.safe_dump(given))
     lines: list[str] = []
     task, rows = TASKS[known.task].from_data(known.data, known.model, known.seed, lambda line: lines.append(str(line)))
     lengths = sorted(task.length(row) for row in rows["train"])

@@ -43,7 +43,7 @@ def train(
     console = Console(highlight=False)
     say = partial(console.print, markup=False)
     text = propose(recipe, model, overrides or []) if model else None
-    found = recipes.read(Path("recipe.yaml") if text else recipe, overrides or (), say, text)
+    found = recipes.read(Path("proposed recipe") if text else recipe, overrides or (), say, text)
     if dry_run:
         say(plan(training.planned(found, say)))
         return
