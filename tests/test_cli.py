@@ -14,6 +14,7 @@ from conftest import review, trimtab, write_csv, write_recipe
 
 import trimtab as trimtab_package
 from trimtab import __version__
+from trimtab import recipe as recipes
 from trimtab.cli import app
 
 
@@ -259,3 +260,14 @@ def test_the_command_in_a_process_of_its_own(recipe: Path, tmp_path: Path) -> No
     assert shown.returncode == 2
     assert shown.stdout == ""
     assert shown.stderr == "error: --set training.epochs=x: training.epochs: Input should be a valid number.\n"
+
+
+def test_a_folder_is_enough_to_go_on_with_its_run(recipe: Path) -> None:
+    """How far it comes, and to which bits, is in test_training.py."""
+    checkpoints = recipe.parent / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    recipes.read(recipe, ["training.epochs=1"]).write(checkpoints / "recipe.yaml")
+    recipe.unlink()
+    assert trimtab("train", recipe.parent / "run", "--resume") == 0
+    assert (recipe.parent / "run" / "metrics.json").is_file()
+    assert trimtab("train", recipe.parent / "run", "--resume") == 2  # it is finished: there is nothing to go on with

@@ -8,7 +8,9 @@ import typer
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|DATA", help="A recipe (.yaml), or the data to train on.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|DATA", help="A recipe (.yaml), or data; with --resume a run's folder.")
+    ],
     model: Annotated[str | None, typer.Option(help="With data: the model's folder, or its id on the hub.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Put a value in place of the recipe's.")
@@ -23,6 +25,8 @@ def train(
     """
     from ..errors import ConfigError
 
+    if resume and (recipe / "checkpoints" / "recipe.yaml").is_file():
+        recipe = recipe / "checkpoints" / "recipe.yaml"
     is_recipe = recipe.suffix in (".yaml", ".yml")
     if is_recipe == (model is not None):
         wanted = (
