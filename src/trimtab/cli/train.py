@@ -1,5 +1,6 @@
 """`trimtab train`: from a recipe, or from data and a model alone, to an adapter that was checked."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +40,7 @@ def train(
     from ..progress import ProgressBar
     from ..report import plan, summary
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
     say = partial(console.print, markup=False)
     text = propose.recipe(recipe, model, propose.run_folder(recipe)) if model else None
     found = recipes.read(recipe, overrides or (), say, text)
@@ -47,5 +48,7 @@ def train(
         say(plan(training.planned(found, say)))
         return
     result = training.train(found, say, [ProgressBar(console)], resume, overwrite)
+    if console.quiet:
+        return
     console.print(summary(result.metrics))
     console.print(f"Saved in {result.folder}. Try: trimtab predict {result.folder} TEXT", soft_wrap=True)
