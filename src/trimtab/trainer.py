@@ -136,6 +136,15 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer keeps rows that only fill a batch
         return super().evaluation_loop(dataloader, *args, **settings)
 
+    def forget_evaluation(self) -> None:
+        """Let training prepare the model anew: accelerate takes one that was evaluated for one that is ready.
+
+        So several processes would each train a model of its own, without a word.
+        """
+        model: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        model._is_accelerate_prepared = False
+        self.accelerator.free_memory()
+
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         """The rows as they come: where training groups them by length, Trainer would here, too."""
 

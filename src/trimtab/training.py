@@ -60,6 +60,9 @@ def train(
 ) -> Result:
     """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
 
+    Started by torchrun or `accelerate launch`, each process reads and encodes all rows by itself: so none waits for
+    another, which fails after a while, however long that takes. The first alone speaks, calls back, and writes.
+
     Args:
         say: gets a line for each thing worth knowing: columns guessed, rows dropped.
         callbacks: for the Trainer, for example a progress bar.
@@ -77,6 +80,8 @@ def train(
     arguments = arguments_of(recipe)
     _make_folder(recipe.output)
     transformers.set_seed(recipe.seed)
+    main = arguments.process_index == 0
+    say = say if main else _silent
     noted: list[str] = []
 
     def note(line: Any) -> None:
@@ -86,7 +91,8 @@ def train(
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note, augmenters)
     recipe = _resolved(recipe, task).with_steps(steps_of(arguments, len(rows["train"])))
     recipe.made_with = _made_with(recipe, augmenters)
-    last = _unfinished(recipe, resume, overwrite)
+    with arguments.main_process_first(local=False):
+        last = _unfinished(recipe, resume, overwrite)
     _show_examples(task, rows["train"], say)
     model = adapted(recipe, task)
     trainer = RunTrainer(
@@ -101,9 +107,8 @@ def train(
         data_collator=task.collate,
         preprocess_logits_for_metrics=task.reduced,
         callbacks=[
-            record.History(recipe.output / record.HISTORY, _steps(last)),
+            *([record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks] if main else ()),
             *_strategies(recipe, model),
-            *callbacks,
         ],
     )
     # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the labels of all
@@ -116,6 +121,7 @@ def train(
     held_out = {split: found for split, found in rows.items() if split != "train"}
     before = {split: scores(trainer, found) for split, found in held_out.items()}
     _check_metric(arguments, before["validation"])
+    trainer.forget_evaluation()
     start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     if last is not None:
         steps = steps_of(arguments, len(rows["train"]))
@@ -139,9 +145,10 @@ def train(
     }
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     with _written(recipe.output):
-        task.save(recipe.output)
-        recipe.write(recipe.output / RECIPE)
-        model.save_pretrained(recipe.output)
+        if main:
+            task.save(recipe.output)
+            recipe.write(recipe.output / RECIPE)
+        model.save_pretrained(recipe.output, is_main_process=main)
     config = model.peft_config["default"].to_dict()
     sample = _sample(task, held_out["validation"])
     expected, device = run.logits(model, sample), model.device
@@ -150,6 +157,8 @@ def train(
             raise TrainingError("The trained adapter changes no prediction. Does anything in these rows make it act?")
     del model, trainer
     gc.collect()
+    if not main:
+        return Result(recipe.output, metrics)
     _check_saved(recipe.output, held_out["validation"], expected, device)
     metrics["adapter_bytes"] = (recipe.output / files.WEIGHTS).stat().st_size
     metrics["seconds"] = round(time.perf_counter() - started, 1)
@@ -159,6 +168,10 @@ def train(
     record.write(recipe.output, recipe.output.name, written, metrics, config, noted)
     shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
     return Result(recipe.output, metrics)
+
+
+def _silent(line: Any) -> None:
+    pass
 
 
 @contextmanager

@@ -9,9 +9,11 @@ def quiet() -> None:
     """Call before a verb's own imports: some of this is read only once."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets|bitsandbytes")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op")  # of all that is looked at, with inspect
     import datasets
     from transformers.utils import logging as transformers_logging
 

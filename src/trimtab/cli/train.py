@@ -1,5 +1,6 @@
 """`trimtab train`: from a recipe, or from data and a model alone, to an adapter that was checked."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -44,7 +45,7 @@ def train(
     from ..propose import propose
     from ..report import plan, summary
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
     say = partial(console.print, markup=False)
     text = propose(recipe, model, overrides or []) if model else None
     found = recipes.read(Path("proposed recipe") if text else recipe, overrides or (), say, text)
@@ -52,5 +53,7 @@ def train(
         say(plan(training.planned(found, say)))
         return
     result = training.train(found, say, [ProgressBar(console)], resume, overwrite)
+    if console.quiet:
+        return
     console.print(summary(result.metrics))
     console.print(f"Saved in {result.folder}. Try: trimtab predict {result.folder} TEXT", soft_wrap=True)

@@ -1,0 +1,58 @@
+"""`trimtab train` by several processes: the run that one process makes of batches as large as theirs together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_strategies import changed, close, saved, silent, still  # noqa: F401
+
+from trimtab.training import Result, train
+
+# 24 rows, validated by others, in batches of 3 for each of two processes; plain descent, for Adam hides a wrong scale.
+SETTINGS = [
+    "data.validation=test.csv", "training.batch_size=3", "training.optim=sgd", "training.learning_rate=0.1",
+    "training.max_grad_norm=1e9", "training.per_device_eval_batch_size=4",
+]  # fmt: skip
+MORE = {
+    "with a penalty": ["method={name: adalora, init_r: 3, target_r: 2, target_modules: [query, value]}"],
+    "with strategies": [
+        "training.label_smoothing_factor=0.1", "training.class_weights={praise: 2.0}",
+        "training.early_stopping_patience=3", "training.gradual_unfreezing=output", "training.layerwise_lr_decay=0.5",
+        "training.gradient_accumulation_steps=2",
+    ],
+}  # fmt: skip
+
+
+def launched(recipe: Path, *overrides: str) -> str:
+    """What two processes wrote to the terminal."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", port, "-m", "trimtab", "train", str(recipe)]
+    command += [word for override in overrides for word in ("--set", override)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_two_processes_make_the_run_of_one(recipe: Path, still: str, more: str) -> None:  # noqa: F811
+    said = launched(recipe, still, *SETTINGS, *MORE[more])
+    assert said.count("train: 24 rows read") == 1
+    assert said.count("Saved in") == 1
+    folder = recipe.parent / "run"
+    found = Result(folder, json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    steps = [json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines() if "loss" in line]
+    assert steps == sorted(steps)
+    assert not (folder / "checkpoints").exists()
+    alone = train(changed(recipe, still, *SETTINGS, *MORE[more], "training.batch_size=6", "output=alone"), silent)
+    assert found.metrics["steps"] == alone.metrics["steps"]
+    close(saved(alone), saved(found))
+    for score, value in alone.metrics["validation"].items():
+        assert found.metrics["validation"][score] == pytest.approx(value, abs=1e-5), score
