@@ -10,13 +10,14 @@ et al. 2022, arXiv 2212.04089). With factors w_i of any sign, adapters are combi
     dare_ties          of w_i drop(D_i) likewise
 
 (DARE: Yu et al. 2023, arXiv 2311.03099; TIES: Yadav et al. 2023, arXiv 2306.01708.) The elected sign is that of the sum
-over i, as in the paper, or with "frequency" that of most. The result is a LoRA:
+over i, as in the paper, or with "frequency" that of most; without one the entry is 0. The result is a LoRA. A sum of
+LoRAs needs no decomposition for that:
 
     sum_i w_i B_i A_i = [w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...]
 
-needs no decomposition. What is not of low rank gets the lowest rank that holds it, or is cut to its largest singular
-values. Methods that train values of the base (biases, norms, tokens), or factors (IA3), change weights linearly in
-their own values v: there D_i is v_i - v_0, with v_0 what changes nothing, and the result is of the same method.
+What is not of low rank gets the lowest rank that holds it, or is cut to its largest singular values. Methods that
+train values of the base (biases, norms, tokens), or factors (IA3), change weights linearly in their own values v: there
+D_i is v_i - v_0, with v_0 what changes nothing, and the result is of the same method.
 """
 
 import math
@@ -33,7 +34,7 @@ from . import attach, weights
 from .adapter import HEADS, Adapter, PeftConfig, TrainedCopy, Union
 from .attach import trunk
 from .errors import AdapterError, ConfigError, MergeError, did_you_mean
-from .methods.bitfit import BiasAdapter
+from .methods.bitfit import BiasAdapter, has_bias
 from .methods.lora import LoraAdapter, LoraConfig
 from .methods.trainable_tokens import TokensAdapter
 from .targets import compact, matches, pattern_name
@@ -85,7 +86,7 @@ class Cut:
         left, R = torch.linalg.qr(B)
         right, L = torch.linalg.qr(A.T)
         U, S, Vh = torch.linalg.svd(R @ L.T, full_matrices=self.full_matrices, driver=self.driver)
-        energy = S.square().cumsum(0)
+        energy = S.double().square().cumsum(0)
         if self.rank is None:
             noise = S[0] * max(len(B), A.shape[1]) * torch.finfo(S.dtype).eps  # as in torch.linalg.matrix_rank
             r = int(S.gt(noise).sum())
@@ -229,18 +230,15 @@ def _set_values(path: str, site: nn.Module, new: Adapter, here: Here, rule: Rule
                          f"add up to {total:g}. Give weights with a sum above 0.")  # fmt: skip
     if not (neutral := new.neutral(site)):
         return  # the values are those of a tied site
-    for _, adapter in here:
-        if difference := new.differs(adapter):
+    for part in _parts(here):
+        if difference := new.differs(part):
             raise MergeError(f"{path or type(site).__name__}: the adapters differ in {difference}. Make each a LoRA "
                              "with convert_to_lora, and combine these.")  # fmt: skip
     state = new.state_dict()
     for entry, zero in neutral.items():
-        values = [adapter.state_dict()[entry] for _, adapter in here]
-        zero = zero.to(values[0])
-        if fresh:
-            state[entry] = Rule()(values, [w / total for w in factors])
-        else:
-            state[entry] = zero + rule([value - zero for value in values], factors)
+        zero = zero.to(state[entry].dtype)
+        changes = [sum(part.state_dict()[entry] - zero for part in adapter.parts()) for _, adapter in here]
+        state[entry] = zero + (Rule()(changes, [w / total for w in factors]) if fresh else rule(changes, factors))
     new.load_state_dict(state, assign=True)
 
 
@@ -265,27 +263,22 @@ def _add_lora(model: nn.Module, name: str, sources: Sequence[Source], rule: Rule
     if not (targets := [path for path in here if path not in others]):
         raise MergeError(f"{[source.name for source in sources]} change no weight that a LoRA could change. Combine "
                          "adapters of one such method without svd.")  # fmt: skip
-    made, shifts = {}, {}
-    for path in targets:
-        try:
-            made[path] = cut(*_changes(modules[path], here[path], rule))
-            shifts[path] = _shift(modules[path], here[path], rule)
-        except MergeError as error:
-            raise MergeError(f"{path or type(model).__name__}: {error}") from None
-    biased = [path for path in targets if shifts[path] is not None]
-    config = _config(model, sources, {path: len(A) for path, (_, A, _) in made.items()}, biased, others, here)
+    whole = tuple(path for path, found in here.items() if any(part.replacement is not None for part in _parts(found)))
+    inside = tuple(f"{path}." for path in whole)
+    if both := [path for path in here if path.startswith(inside) or (path in whole and path in targets)]:
+        raise MergeError(f"{both[0]} is trained whole by one of the adapters, and another changes its weights: they "
+                         "have no sum.")  # fmt: skip
+    made = {path: _lora_of(path, modules[path], here[path], rule, cut) for path in targets}
+    config = _config(model, sources, made, {path: _parts(here[path])[0] for path in others})
     with torch.device("meta"):
         planned = attach.plan(model, config, name)
     for path, new in planned.adapters.items():
-        if path in made and isinstance(new, LoraAdapter):
-            new.take(*made[path][:2], shifts[path])
+        if isinstance(new, LoraAdapter):
+            new.take(made[path].B, made[path].A, made[path].shift)
         elif path in here:
             _set_values(path, modules[path], new, here[path], rule)
-    if lost := [path for path in here if path not in planned.adapters]:
-        raise MergeError(f"{lost[0]} is trained whole by one of the adapters, or is part of what is, and adapted by "
-                         "another. They cannot be combined.")  # fmt: skip
     attach.install(model, planned)
-    return {path: kept for path, (_, _, kept) in made.items()}
+    return {path: found.kept for path, found in made.items()}
 
 
 def _of_one_kind(parts: Sequence[Adapter]) -> bool:
@@ -293,17 +286,37 @@ def _of_one_kind(parts: Sequence[Adapter]) -> bool:
     return any(all(isinstance(part, kind) for part in parts) for kind in (BiasAdapter, TokensAdapter, TrainedCopy))
 
 
-def _changes(site: nn.Module, here: Here, rule: Rule) -> tuple[Tensor, Tensor]:
-    """B (out, n) and A (n, in * kernel) whose product is the combined change of the weight."""
-    shape = weights.layout(site)
-    if shape is None or shape.groups > 1:
-        what = "has no weight of two dimensions" if shape is None else "is a grouped convolution"
-        raise MergeError(f"a {type(site).__name__} {what}: no LoRA stands for a change of it.")
-    pairs = [_change(site, adapter) for _, adapter in here]
-    factors = [w for w, _ in here]
-    if rule.kind == "linear":
-        return torch.cat([w * B for w, (B, _) in zip(factors, pairs, strict=True)], 1), torch.cat([A for _, A in pairs])
-    return _as_pair(rule([B @ A for B, A in pairs], factors))
+@dataclass(frozen=True)
+class Change:
+    """What is added at a site: B (out, n) times A (n, in * kernel) to the weight, and a shift (out,) to the bias."""
+
+    B: Tensor
+    A: Tensor
+    kept: float  # share of the energy
+    shift: Tensor | None
+
+
+def _lora_of(path: str, site: nn.Module, here: Here, rule: Rule, cut: Cut) -> Change:
+    shape, factors = weights.layout(site), [w for w, _ in here]
+    try:
+        if shape is None:
+            for part in _parts(here):
+                part.merged(site, torch.empty(0))  # says why not, where it cannot
+            raise MergeError(f"{type(site).__name__} has no weight (out, in), of which a LoRA could be a change.")
+        if shape.groups > 1:
+            raise MergeError("A grouped convolution sees its own share of the channels; LoRA's A sees all of them.")
+        pairs = [_change(site, adapter) for _, adapter in here]
+        if rule.kind == "linear":
+            B = torch.cat([w * B for w, (B, _) in zip(factors, pairs, strict=True)], 1)
+            A = torch.cat([A for _, A in pairs])
+        else:
+            B, A = _as_pair(rule([B @ A for B, A in pairs], factors))
+        shift = _shift(site, site._parameters.get(shape.bias), here, rule)
+        if shift is not None and not has_bias(site):
+            raise MergeError(f"its {shape.bias} is changed, which a LoRA does not train.")
+    except MergeError as error:
+        raise MergeError(f"{path or type(site).__name__}: {error}") from None
+    return Change(*cut(B, A), shift)
 
 
 def _change(site: nn.Module, adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -321,10 +334,7 @@ def _as_pair(D: Tensor) -> tuple[Tensor, Tensor]:
     return (one, D) if len(D) < D.shape[1] else (D, one)
 
 
-def _shift(site: nn.Module, here: Here, rule: Rule) -> Tensor | None:
-    """The combined change of the bias (out,), if there is one."""
-    shape = weights.layout(site)
-    bias = site._parameters.get(shape.bias) if shape else None
+def _shift(site: nn.Module, bias: Tensor | None, here: Here, rule: Rule) -> Tensor | None:
     if bias is None:
         return None
     shifts = []
@@ -338,31 +348,28 @@ def _shift(site: nn.Module, here: Here, rule: Rule) -> Tensor | None:
 
 
 def _config(
-    model: nn.Module,
-    sources: Sequence[Source],
-    ranks: dict[str, int],
-    biased: Sequence[str],
-    others: set[str],
-    here: dict[str, Here],
+    model: nn.Module, sources: Sequence[Source], made: dict[str, Change], others: dict[str, Adapter]
 ) -> LoraConfig:
-    """A LoRA with s = 1 of these ranks, and with what else it needs."""
-    by_name: dict[str, int] = {}
-    for path, rank in ranks.items():
-        key = pattern_name(path, ranks)
-        by_name[key] = max(rank, by_name.get(key, 1))
-    r = Counter(by_name.values()).most_common(1)[0][0]
-    pattern: dict[str, Any] = {f"^{re.escape(key)}": rank for key, rank in by_name.items() if rank != r}
-    kinds = {path: _parts(here[path])[0] for path in others}
+    """A LoRA with s = 1 and these ranks, and what else it needs. others: one adapter of each of those modules."""
+    ranks: dict[str, int] = {}
+    for path, change in made.items():
+        key = pattern_name(path, made)
+        ranks[key] = max(len(change.A), ranks.get(key, 1))
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    pattern: dict[str, Any] = {f"^{re.escape(key)}": rank for key, rank in ranks.items() if rank != r}
+    biases = any(isinstance(part, BiasAdapter) for part in others.values())
+    shifts = any(change.shift is not None for change in made.values())
     saved = [entry for source in sources for entry in getattr(source.config, "modules_to_save", None) or ()]
-    saved += [path for path, part in kinds.items() if isinstance(part, TrainedCopy) and not path.endswith(tuple(saved))]
-    tokens = {path: part.rows[0].ids for path, part in kinds.items() if isinstance(part, TokensAdapter)}
-    everywhere = any(isinstance(part, BiasAdapter) for part in kinds.values())
+    saved += [
+        path for path, part in others.items() if isinstance(part, TrainedCopy) and not path.endswith(tuple(saved))
+    ]
+    held = {path: part for path, part in others.items() if isinstance(part, TokensAdapter) and part.state_dict()}
+    tokens = {path: part.rows[0].ids for path, part in held.items()}
     tasks = {source.config.task_type for source in sources}
     first = sources[0].config
     return LoraConfig(
-        r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=compact(list(ranks), model),
-        bias="all" if everywhere else "lora_only" if biased else "none", trainable_token_indices=tokens or None,
-        modules_to_save=list(dict.fromkeys(saved)) or None,
-        task_type=tasks.pop() if len(tasks) == 1 else None, auto_mapping=first.auto_mapping,
-        base_model_name_or_path=first.base_model_name_or_path, revision=first.revision,
+        r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=compact(list(made), model),
+        bias="all" if biases else "lora_only" if shifts else "none", trainable_token_indices=tokens or None,
+        modules_to_save=list(dict.fromkeys(saved)) or None, task_type=tasks.pop() if len(tasks) == 1 else None,
+        auto_mapping=first.auto_mapping, base_model_name_or_path=first.base_model_name_or_path, revision=first.revision,
     )  # fmt: skip

@@ -135,18 +135,12 @@ class LoraAdapter(Adapter):
         return B.flatten(1) * self.scale, A.flatten(1)
 
     def take(self, B: Tensor, A: Tensor, shift: Tensor | None) -> None:
-        """Add B (out, n) times A (n, in * kernel) to the weight, n up to r, and the shift (out,) to the trained bias.
-
-        Raises:
-            MergeError: there is a shift, and no trained bias.
-        """
+        """Add B (out, n) times A (n, in * kernel) to the weight, n up to r, and the shift (out,) to a trained bias."""
         more = len(self.A) - len(A)
         state = self.state_dict()
         state["A"] = F.pad(A, (0, 0, 0, more)).view(self.A.shape).clone()
         state["B"] = F.pad(B / self.scale, (0, more)).view(self.B.shape).clone()
-        if shift is not None:
-            if self.bias is None:
-                raise MergeError("the bias of an nn.MultiheadAttention is changed, which a LoRA does not train.")
+        if self.bias is not None and shift is not None:
             state["bias.value"] = self.bias.value + shift
         self.load_state_dict(state, assign=True)
 
