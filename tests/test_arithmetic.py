@@ -205,21 +205,22 @@ def test_loras_of_several_methods_and_what_is_beside_them() -> None:
 
 
 def test_what_is_trained_whole_is_combined_too() -> None:
-    """A norm by its change; a head, which has no base that counts, is the mean by weight."""
+    """What modules_to_save names has no base that counts, for it may be new: the mean by weight. Norms have one."""
     settings: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
     model, _ = adapted(LoraConfig(modules_to_save=["pooler"], **settings), LoraConfig(**settings), tiny=models.bert)
     model.add_weighted_adapter(["a", "b"], [3, -1], "sum")
     a, b, found = weights(model, "a"), weights(model, "b"), weights(model, "sum")
-    base = dict(model.named_parameters())
     for end in ("weight", "bias"):
-        torch.testing.assert_close(
-            found[f"classifier.{end}"], (3 * a[f"classifier.{end}"] - b[f"classifier.{end}"]) / 2
-        )
-        key = f"bert.pooler.dense.{end}"
-        torch.testing.assert_close(found[key], base[key] + 3 * (a[key] - base[key]))
-    with pytest.raises(MergeError, match=r"^classifier is a head, which began random.* add up to 0"):
+        key = f"classifier.{end}"
+        torch.testing.assert_close(found[key], (3 * a[key] - b[key]) / 2)
+        torch.testing.assert_close(found[f"bert.pooler.dense.{end}"], a[f"bert.pooler.dense.{end}"])
+    with pytest.raises(MergeError, match=r"^classifier is among modules_to_save.* add up to 0"):
         model.add_weighted_adapter(["a", "b"], [1, -1], "zero")
     assert list(model.peft_config) == ["a", "b", "sum"]
+    norms, _ = adapted(LNTuningConfig(), LNTuningConfig())
+    norms.add_weighted_adapter(["a", "b"], [2, 1], "sum")
+    a, b = changes(norms, "a"), changes(norms, "b")
+    equal(changes(norms, "sum"), {key: 2 * a[key] + b[key] for key in a})
 
 
 # ------------------------------------------------------------------------------------------------ pruning and electing
@@ -274,7 +275,7 @@ def test_every_type_by_its_formula(type_: str) -> None:
     """In the weights: pruned and elected as Rule does, cut to the largest singular values."""
     model, _ = adapted(lora(2), lora(3, bias="lora_only"))
     kind = "linear" if type_ == "svd" else type_.removesuffix("_svd")
-    settings: dict[str, Any] = {} if kind == "linear" else {"density": 0.5}
+    density, settings = (0.2, {}) if kind in ("linear", "ties") else (0.5, {"density": 0.5})  # 0.2 is the default
     torch.manual_seed(1)
     kept = model.add_weighted_adapter(["a", "b"], [0.7, 0.6], "c", type_, **settings)
     a, b, c = (changes(model, name) for name in "abc")
@@ -282,13 +283,13 @@ def test_every_type_by_its_formula(type_: str) -> None:
     for path in ("first", "second"):
         own = {name: model.get_submodule(path).adapters[name] for name in "ab"}
         deltas = [(own["a"].B @ own["a"].A * 5 / 2).detach(), (own["b"].B @ own["b"].A * 5 / 3).detach()]
-        expected = Rule(kind, 0.5)(deltas, [0.7, 0.6])
+        expected = Rule(kind, density)(deltas, [0.7, 0.6])
         if type_.endswith("svd"):
             U, S, Vh = torch.linalg.svd(expected, full_matrices=False)
             expected = U[:, :3] * S[:3] @ Vh[:3]  # the largest rank of the two
             assert kept[path] == pytest.approx(float(S[:3].square().sum() / S.square().sum()), abs=1e-6)
         torch.testing.assert_close(c[f"{path}.weight"].float(), expected, rtol=1e-5, atol=1e-5)
-        shift = Rule(kind, 0.5)([a[f"{path}.bias"].float(), b[f"{path}.bias"].float()], [0.7, 0.6])
+        shift = Rule(kind, density)([a[f"{path}.bias"].float(), b[f"{path}.bias"].float()], [0.7, 0.6])
         torch.testing.assert_close(c[f"{path}.bias"].float(), shift, rtol=1e-5, atol=1e-5)
 
 
@@ -424,7 +425,6 @@ def test_a_name_that_exists_is_refused() -> None:
         ({"combination_type": "dare_linear", "density": 0.5, "majority_sign_method": "frequency"},
          "majority_sign_method is of no use"),
         ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "most"}, "'most' is unknown"),
-        ({"combination_type": "ties"}, "density=None: ties keeps that share"),
         ({"combination_type": "ties", "density": 1.5}, "density=1.5: ties keeps that share"),
         ({"combination_type": "dare_linear_svd", "density": 0.0}, "density=0.0: dare_linear_svd keeps that share"),
         ({"combination_type": "svd", "svd_rank": 0}, "svd_rank=0 is no rank"),

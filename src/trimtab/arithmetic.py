@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from . import attach, weights
-from .adapter import HEADS, Adapter, PeftConfig, TrainedCopy, Union
+from .adapter import Adapter, PeftConfig, TrainedCopy, Union
 from .attach import trunk
 from .errors import AdapterError, ConfigError, MergeError, did_you_mean
 from .methods.bitfit import BiasAdapter, has_bias
 from .methods.lora import LoraAdapter, LoraConfig
 from .methods.trainable_tokens import TokensAdapter
-from .targets import compact, matches, pattern_name
+from .targets import compact, pattern_name
 
 KINDS = ("linear", "magnitude_prune", "dare_linear", "ties", "dare_ties")
 TYPES = ("cat", "svd", *KINDS, *(f"{kind}_svd" for kind in KINDS[1:]))
@@ -112,6 +112,7 @@ class Source:
     adapters: dict[str, Adapter]  # by module name
 
 
+DENSITY = 0.2  # TIES' own
 Here = list[tuple[float, Adapter]]  # what the sources have at one site, and their factors
 
 
@@ -140,7 +141,7 @@ def combine(
         raise ConfigError(f"{setting} is of no use to combination_type={combination_type!r}. Leave it out.")
     if majority_sign_method not in ("total", "frequency"):
         raise ConfigError(f"majority_sign_method={majority_sign_method!r} is unknown: take 'total' or 'frequency'.")
-    if prunes and not (density is not None and 0 < density <= 1):
+    if density is not None and not 0 < density <= 1:
         raise ConfigError(f"density={density!r}: {combination_type} keeps that share of the entries, above 0, up to 1.")
     if svd_rank is not None and svd_rank < 1:
         raise ConfigError(f"svd_rank={svd_rank!r} is no rank: the lowest is 1.")
@@ -152,7 +153,7 @@ def combine(
     if not prunes:  # an adapter that is given twice needs no rank of its own
         given = [(one, sum(w for other, w in given if other == one)) for one in dict.fromkeys(adapters)]
     sources = _sources(model, name, given)
-    rule = Rule(kind, density or 1.0, majority_sign_method)
+    rule = Rule(kind, density or DENSITY, majority_sign_method)
     if not cuts and all(_is_linear(model, source) for source in sources):
         return _add_values(model, name, sources, rule)
     cut = Cut(svd_rank or _largest_rank(sources), svd_clamp, svd_full_matrices, svd_driver) if cuts else Cut()
@@ -215,18 +216,24 @@ def _add_values(model: nn.Module, name: str, sources: Sequence[Source], rule: Ru
     made = attach.plan(model, first.config.model_copy(update={"inference_mode": False}), name)
     modules = dict(model.named_modules())
     for path, here in _by_path(sources).items():
-        _set_values(path, modules[path], made.adapters[path], here, rule)
+        _set_values(path, modules[path], made.adapters[path], here, rule, path.endswith(_saved(sources)))
     attach.install(model, made)
     return dict.fromkeys(made.adapters, 1.0)
 
 
+def _saved(sources: Sequence[Source]) -> tuple[str, ...]:
+    """What modules_to_save names; as there, names are meant by their ends."""
+    saved = (getattr(source.config, "modules_to_save", None) or [] for source in sources)
+    return tuple(dict.fromkeys(entry for entries in saved for entry in entries))
+
+
 @torch.no_grad()
-def _set_values(path: str, site: nn.Module, new: Adapter, here: Here, rule: Rule) -> None:
+def _set_values(path: str, site: nn.Module, new: Adapter, here: Here, rule: Rule, mean: bool) -> None:
+    """mean: the values that change nothing may be random ones, as those of a new head."""
     factors = [w for w, _ in here]
     total = sum(factors)
-    fresh = isinstance(new, TrainedCopy) and any(matches(head, path) for heads in HEADS.values() for head in heads)
-    if fresh and total <= 0:
-        raise MergeError(f"{path} is a head, which began random: of several there is a mean only, and the weights here "
+    if mean and total <= 0:
+        raise MergeError(f"{path} is among modules_to_save, of which there is only a mean by weight, and the weights "
                          f"add up to {total:g}. Give weights with a sum above 0.")  # fmt: skip
     if not (neutral := new.neutral(site)):
         return  # the values are those of a tied site
@@ -238,7 +245,7 @@ def _set_values(path: str, site: nn.Module, new: Adapter, here: Here, rule: Rule
     for entry, zero in neutral.items():
         zero = zero.to(state[entry].dtype)
         changes = [sum(part.state_dict()[entry] - zero for part in adapter.parts()) for _, adapter in here]
-        state[entry] = zero + (Rule()(changes, [w / total for w in factors]) if fresh else rule(changes, factors))
+        state[entry] = zero + (Rule()(changes, [w / total for w in factors]) if mean else rule(changes, factors))
     new.load_state_dict(state, assign=True)
 
 
@@ -276,7 +283,7 @@ def _add_lora(model: nn.Module, name: str, sources: Sequence[Source], rule: Rule
         if isinstance(new, LoraAdapter):
             new.take(made[path].B, made[path].A, made[path].shift)
         elif path in here:
-            _set_values(path, modules[path], new, here[path], rule)
+            _set_values(path, modules[path], new, here[path], rule, path.endswith(_saved(sources)))
     attach.install(model, planned)
     return {path: found.kept for path, found in made.items()}
 
@@ -359,10 +366,8 @@ def _config(
     pattern: dict[str, Any] = {f"^{re.escape(key)}": rank for key, rank in ranks.items() if rank != r}
     biases = any(isinstance(part, BiasAdapter) for part in others.values())
     shifts = any(change.shift is not None for change in made.values())
-    saved = [entry for source in sources for entry in getattr(source.config, "modules_to_save", None) or ()]
-    saved += [
-        path for path, part in others.items() if isinstance(part, TrainedCopy) and not path.endswith(tuple(saved))
-    ]
+    saved = _saved(sources)
+    copies = [path for path, part in others.items() if isinstance(part, TrainedCopy) and not path.endswith(saved)]
     held = {path: part for path, part in others.items() if isinstance(part, TokensAdapter) and part.state_dict()}
     tokens = {path: part.rows[0].ids for path, part in held.items()}
     tasks = {source.config.task_type for source in sources}
@@ -370,6 +375,6 @@ def _config(
     return LoraConfig(
         r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=pattern, target_modules=compact(list(made), model),
         bias="all" if biases else "lora_only" if shifts else "none", trainable_token_indices=tokens or None,
-        modules_to_save=list(dict.fromkeys(saved)) or None, task_type=tasks.pop() if len(tasks) == 1 else None,
+        modules_to_save=[*saved, *copies] or None, task_type=tasks.pop() if len(tasks) == 1 else None,
         auto_mapping=first.auto_mapping, base_model_name_or_path=first.base_model_name_or_path, revision=first.revision,
     )  # fmt: skip

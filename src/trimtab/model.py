@@ -227,9 +227,9 @@ class PeftModel(sites.Swapped, nn.Module):
 
         They may be of any rank, at any modules and of any methods that can be merged, with weights of any sign. Those
         of one method that trains values of the base or factors of its features (BitFit, LayerNorm tuning, tokens, IA3)
-        give one of their own kind, all others a LoRA. Biases, tokens and trained copies beside them are combined in
-        the same way; only a task's head, which began random, becomes the weighted mean of the heads. The result does
-        not act yet; it is saved, trained on and merged as any other adapter.
+        give one of their own kind, all others a LoRA. Biases and tokens beside them are combined in the same way. The
+        base of a module in modules_to_save may be random, as that of a new head: it becomes the mean by weight. The
+        result does not act yet; it is saved, trained on and merged as any other adapter.
 
         Names and arguments are HF PEFT's. Where it computes otherwise: its default is an SVD cut to the largest rank,
         here it is the exact sum. Its "linear", "ties", "dare_*" and "magnitude_prune" mix A with A and B with B, which
@@ -243,7 +243,7 @@ class PeftModel(sites.Swapped, nn.Module):
             svd_rank: by default the largest of the adapters' ranks.
             svd_clamp: limit the entries of both factors to this quantile of theirs.
             svd_full_matrices, svd_driver: torch.linalg.svd's; they change the time that it takes.
-            density: the share of the entries that pruning keeps; of TIES, DARE and magnitude_prune.
+            density: the share of the entries that "ties", "dare_*" and "magnitude_prune" keep; 0.2 by default.
             majority_sign_method: TIES elects the sign of the sum, "total", or that of most, "frequency".
         Returns:
             By module name the share of the change's energy (squared singular values) that is kept: 1 unless cut.
