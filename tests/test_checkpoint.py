@@ -786,9 +786,11 @@ def test_an_adapter_that_names_no_base(folder: Path) -> None:
         AutoPeftModel.from_pretrained(folder)
 
 
-def test_an_adapter_with_a_task_wants_the_class_of_that_task(tmp_path: Path) -> None:
+def test_the_task_tells_the_class(tmp_path: Path) -> None:
     folder = saved_llama(tmp_path, task_type="CAUSAL_LM")
-    with pytest.raises(CheckpointError, match=r"is for the task CAUSAL_LM: use the class of that task.*ForCausalLM"):
+    assert isinstance(AutoPeftModel.from_pretrained(folder), transformers.LlamaForCausalLM)
+    configure(folder, task_type=None)
+    with pytest.raises(CheckpointError, match="tells neither its task nor its base's class"):
         AutoPeftModel.from_pretrained(folder)
 
 

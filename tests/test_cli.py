@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import review, trimtab, write_csv, write_recipe
+from transformers import AutoTokenizer
 
 import trimtab as trimtab_package
 from trimtab import __version__
@@ -126,6 +128,94 @@ def test_merge_gives_a_plain_model(done: Path, tmp_path: Path, capsys: pytest.Ca
     }
     assert trimtab("merge", done, tmp_path / "full") == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def answers(folder: Path, capsys: pytest.CaptureFixture[str], *texts: str) -> list[list[float]]:
+    """The probabilities of the classes, of each text."""
+    capsys.readouterr()
+    assert trimtab("predict", folder, *texts, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [[line["probabilities"][label] for label in ("blame", "praise")] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    """Another run on the same rows, of another rank."""
+    folder = tmp_path_factory.mktemp("other")
+    assert trimtab("train", write_recipe(folder, bert), "--set", "method.r=3", "--set", "training.seed=1") == 0
+    return folder / "run"
+
+
+def test_combine_gives_a_run(finished: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which predicts as a model does to which the weights were added by hand, merges, and can be combined again."""
+    texts, both = ["the film was good", "the room is dull", "a very bad meal"], tmp_path / "both"
+    assert trimtab("combine", finished, other, "--weights", "1.3", "-0.3", "--output", both) == 0
+    assert capsys.readouterr().out == (
+        f"Saved the adapter in {both}; it keeps 100.0% of the change of each layer, or more.\n"
+    )
+    model = trimtab_package.AutoPeftModel.from_pretrained(finished)
+    model.load_adapter(other, "other")
+    base = {name: value.clone() for name, value in model.named_parameters()}
+    parts: list[dict[str, torch.Tensor]] = []
+    for name in ("default", "other"):
+        model.merge_adapter([name])
+        parts.append({key: value.clone() for key, value in model.named_parameters() if ".adapters." not in key})
+        model.unmerge_adapter()
+    plain = model.unload()
+    plain.load_state_dict(
+        {
+            name: base[name] + 1.3 * (a - base[name]) - 0.3 * (parts[1][name] - base[name])
+            for name, a in parts[0].items()
+        },
+        strict=False,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(both)
+    with torch.no_grad():
+        expected = plain.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
+    torch.testing.assert_close(torch.tensor(answers(both, capsys, *texts)), expected, rtol=1e-4, atol=1e-4)
+
+    recipe = yaml.safe_load((both / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["made_with"]["combined"] == f"linear: 1.3 {finished} + -0.3 {other}"
+    assert (recipe["output"], recipe["method"]["r"]) == (str(both), 11)
+    assert trimtab("merge", both, tmp_path / "full") == 0
+    again = tmp_path / "again"
+    assert trimtab("combine", both, both, "--weights", 0.5, 0.5, "--method", "ties", "--output", again) == 0
+    assert trimtab("combine", both, again, "--method=svd", "--rank=2", "--output", tmp_path / "cut",
+                   "--weights", 1, 0) == 0  # fmt: skip
+    kept = re.search(r"it keeps (\S+)% of", capsys.readouterr().out.splitlines()[-1])
+    assert kept and 0 < float(kept[1]) < 100
+
+
+def test_combine_takes_adapters_of_no_run(
+    finished: Path, other: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (done / "recipe.yaml").unlink()
+    for number, folders in enumerate(((done, other), (other, done), (done, done))):
+        output = tmp_path / f"c{number}"
+        assert trimtab("combine", *folders, "--weights", 0.5, 0.5, "--output", output) == 0
+        assert "It has no task: its parts are not runs of one task" in capsys.readouterr().out
+        assert sorted(path.name for path in output.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    labels = json.loads((other / "task.json").read_text(encoding="utf-8"))
+    turned = Path(shutil.copytree(finished, tmp_path / "turned"))
+    (turned / "task.json").write_text(json.dumps({**labels, "labels": labels["labels"][::-1]}), encoding="utf-8")
+    assert trimtab("combine", turned, other, "--weights", 0.5, 0.5, "--output", tmp_path / "mixed") == 0
+    assert "with the same labels" in capsys.readouterr().out
+
+
+def test_what_combine_refuses(
+    finished: Path, other: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = ("--output", tmp_path / "c")
+    assert "exists already" in refused(capsys, "combine", finished, other, "--weights", 1, 1, "--output", done)
+    assert "Each adapter needs a finite weight" in refused(capsys, "combine", finished, other, "--weights", 1, *to)
+    assert "Did you mean 'ties'" in refused(capsys, "combine", finished, "--weights", 1, "--method", "tise", *to)
+    config = done / "adapter_config.json"
+    settings = {**json.loads(config.read_text(encoding="utf-8")), "base_model_name_or_path": "elsewhere"}
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    assert re.search(
+        "of different models .*run is of elsewhere", refused(capsys, "combine", other, done, "--weights", 1, 1, *to)
+    )
+    assert not (tmp_path / "c").exists()
 
 
 def test_inspect_shows_what_is_there(done: Path, bert: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ LAYERS = [
     {"prompts", "learning"},
     {"tokens"},
     {"methods", "merge", "hf_format"},
+    {"arithmetic"},
     {"checkpoint", "optimizers"},
     {"model", "kbit", "catalog"},
     {"auto"},

@@ -86,6 +86,22 @@ class Adapter(nn.Module):
         """The bias (out,) with this adapter folded in."""
         return bias
 
+    def low_rank(self, site: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """B (out, r) and A (r, in * kernel) where `merged` adds exactly their product, else None."""
+        return None
+
+    def neutral(self, site: nn.Module) -> dict[str, Tensor]:
+        """The values of its state with which it does nothing, if all it does is linear in its distance from them."""
+        return {}
+
+    def differs(self, other: "Adapter") -> str:
+        """In what another adapter computes otherwise, whatever the values of the two; or ''."""
+        if type(self) is not type(other):
+            return f"kind: {type(self).__name__}, {type(other).__name__}"
+        own, its = _settings(self), _settings(other)
+        names = [name for name in own | its if own.get(name) != its.get(name)]
+        return f"{names[0]}: {own.get(names[0])}, {its.get(names[0])}" if names else ""
+
     def hf_key(self, name: str) -> str:
         """The end of the key under which HF PEFT saves the parameter `name` of this adapter."""
         return self.hf_names.get(name, name)
@@ -100,6 +116,23 @@ class Adapter(nn.Module):
     def parts(self) -> list["Adapter"]:
         """What acts at the site: this adapter, unless it is a union of several."""
         return [self]
+
+
+def _settings(adapter: Adapter) -> dict[str, Any]:
+    """What acts beside the values: their shapes, and plain attributes, except those for training or files only."""
+    shapes = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
+    return shapes | {
+        f"{path}.{name}".removeprefix("."): value
+        for path, module in adapter.named_modules()
+        for name, value in vars(module).items()
+        if _is_plain(value) and name not in ("training", "dropout") and not name.startswith(("_", "hf_"))
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 class Union(Adapter):
@@ -181,6 +214,10 @@ class TrainedCopy(Adapter):
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else self.replacement.bias  # type: ignore[return-value]
+
+    def neutral(self, site: nn.Module) -> dict[str, Tensor]:
+        own, copied = site.state_dict(), self.replacement.state_dict()
+        return {f"replacement.{name}": own[name] for name, value in copied.items() if value.is_floating_point()}
 
     def hf_key(self, name: str) -> str:
         return self.hf_path + name.removeprefix("replacement.")

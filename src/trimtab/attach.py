@@ -64,7 +64,7 @@ def plan(model: nn.Module, config: PeftConfig, name: str, saved: bool = False) -
     """
     check_name(model, name)
     if "_trunk" in vars(model):
-        _check_unmerged(trunk(model))
+        check_unmerged(trunk(model))
     config = config.resolved(model)
     adapters = config.adapters(model)
     modules = dict(model.named_modules())
@@ -101,7 +101,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise AdapterError(f"{name!r} cannot be an adapter's name: it names a folder and a module, so no '.' or '/'.")
 
 
-def _check_unmerged(own: Trunk) -> None:
+def check_unmerged(own: Trunk) -> None:
     if own.active.merged:
         raise AdapterError(f"{list(own.active.merged)} are merged into the weights; call unmerge_adapter() first.")
 
@@ -136,7 +136,7 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
         if name not in own.configs:
             raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if set(names) != set(own.active.names):
-        _check_unmerged(own)
+        check_unmerged(own)
     replaced: dict[str, str] = {}
     for name in names:
         for path, adapter in own.adapters(name).items():
@@ -173,7 +173,7 @@ def delete(model: nn.Module, name: str) -> None:
     if name not in own.configs:
         raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if name in own.active.merged:
-        _check_unmerged(own)
+        check_unmerged(own)
     for path in own.adapters(name):
         sites.remove(own.sites[path], name)
         if "adapters" not in own.sites[path]._modules:

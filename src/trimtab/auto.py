@@ -5,15 +5,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from . import files
-from .adapter import PeftConfig
+from .adapter import PeftConfig, TaskType
 from .errors import CheckpointError
 from .model import PeftModel
+
+AUTO = {  # transformers' classes for HF PEFT's tasks
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
 
 
 class AutoPeftModel:
     """Load the base model that an adapter names, and the adapter onto it."""
 
-    _auto_class: ClassVar[str | None] = None  # of transformers; None: the class the adapter was saved with
+    _auto_class: ClassVar[str | None] = None  # of transformers; None: that of the adapter's task, or else of its base
 
     @classmethod
     def from_pretrained(
@@ -52,14 +61,13 @@ class AutoPeftModel:
     def _base_class(cls, config: PeftConfig, folder: Path) -> Any:
         import transformers
 
-        if cls._auto_class:
-            return getattr(transformers, cls._auto_class)
+        if auto := cls._auto_class or (AUTO[config.task_type] if config.task_type else None):
+            return getattr(transformers, auto)
         mapping = config.auto_mapping or {}
         library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
         if not name:
-            task = {found._auto_class: found.__name__ for found in cls.__subclasses__()}
             raise CheckpointError(
-                f"{folder} is for the task {config.task_type}: use the class of that task, {sorted(task.values())}."
+                f"{folder} tells neither its task nor its base's class. Use one of AutoPeftModelFor..."
             )
         # Importing what a downloaded file names would run any code, so only this library counts.
         if library.split(".")[0] != "transformers":
@@ -85,24 +93,24 @@ def _fit_vocabulary(base: Any, folder: Path) -> None:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    _auto_class = "AutoModelForCausalLM"
+    _auto_class = AUTO[TaskType.CAUSAL_LM]
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    _auto_class = "AutoModelForSeq2SeqLM"
+    _auto_class = AUTO[TaskType.SEQ_2_SEQ_LM]
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    _auto_class = "AutoModelForSequenceClassification"
+    _auto_class = AUTO[TaskType.SEQ_CLS]
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    _auto_class = "AutoModelForTokenClassification"
+    _auto_class = AUTO[TaskType.TOKEN_CLS]
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    _auto_class = "AutoModelForQuestionAnswering"
+    _auto_class = AUTO[TaskType.QUESTION_ANS]
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    _auto_class = "AutoModel"
+    _auto_class = AUTO[TaskType.FEATURE_EXTRACTION]

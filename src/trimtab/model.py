@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from . import attach, checkpoint, files, hf_format, learning, merge, sites, weights
+from . import arithmetic, attach, checkpoint, files, hf_format, learning, merge, sites, weights
 from .adapter import PeftConfig
 from .attach import trunk
 from .errors import AdapterError, CheckpointError, did_you_mean
@@ -209,6 +209,73 @@ class PeftModel(sites.Swapped, nn.Module):
         if was_active == [adapter_name] and left:
             warnings.warn(f"{adapter_name!r} was active; now {left[0]!r} is.", stacklevel=2)
             attach.activate(self, left[:1])
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> dict[str, float]:
+        """Add an adapter that is a weighted sum of others, or what TIES, DARE or pruning make of them (arithmetic.py).
+
+        They may be of any rank, at any modules and of any methods that can be merged, with weights of any sign. Those
+        of one method that trains values of the base or factors of its features (BitFit, LayerNorm tuning, tokens, IA3)
+        give one of their own kind, all others a LoRA. Biases and tokens beside them are combined in the same way. The
+        base of a module in modules_to_save may be random, as that of a new head: it becomes the mean by weight. The
+        result does not act yet; it is saved, trained on and merged as any other adapter.
+
+        Names and arguments are HF PEFT's. Where it computes otherwise: its default is an SVD cut to the largest rank,
+        here it is the exact sum. Its "linear", "ties", "dare_*" and "magnitude_prune" mix A with A and B with B, which
+        is far from what they say of weights; here they are of the weights, at the rank that this takes. Its "cat" is
+        wrong under use_rslora. Its TIES elects signs before weights are applied, here after, so that w = -1 is the
+        change the other way round. It passes over a name that exists already, and over settings of no use.
+
+        Args:
+            combination_type: "linear" or "cat", the exact sum; "ties", "dare_linear", "dare_ties", "magnitude_prune";
+                or "svd", the sum, and "ties_svd" and so on, cut to svd_rank singular values at each module.
+            svd_rank: by default the largest of the adapters' ranks.
+            svd_clamp: limit the entries of both factors to this quantile of theirs.
+            svd_full_matrices, svd_driver: torch.linalg.svd's; they change the time that it takes.
+            density: the share of the entries that "ties", "dare_*" and "magnitude_prune" keep; 0.2 by default.
+            majority_sign_method: TIES elects the sign of the sum, "total", or that of most, "frequency".
+        Returns:
+            By module name the share of the change's energy (squared singular values) that is kept: 1 unless cut.
+        Raises:
+            AdapterError: an unknown name, one that exists already, or merged adapters.
+            ConfigError: settings that are wrong, or of no use to this combination_type.
+            MergeError: adapters that do not act on weights, or not on the same in a way that has a sum.
+        """
+        return arithmetic.combine(
+            self, adapters, weights, adapter_name, combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver,
+            density, majority_sign_method,
+        )  # fmt: skip
+
+    def convert_to_lora(
+        self, rank: int | float, adapter_name: str = "default", lora_name: str = "lora"
+    ) -> dict[str, float]:
+        """Add a LoRA that does to weights what an adapter does to them, as far as its rank allows.
+
+        HF PEFT's function of this name returns a config and tensors; here they are an adapter of the model, which
+        `save_pretrained` writes. Biases, tokens and trained copies come along, and any mergeable method does.
+
+        Args:
+            rank: the rank at every module, or as a float the share of the energy to keep: each module gets the lowest
+                rank that does; 1.0 keeps all.
+            adapter_name: the adapter. It stays as it is.
+            lora_name: the new one. It does not act yet.
+        Returns:
+            By module name the share of the change's energy (squared singular values) that is kept.
+        Raises:
+            AdapterError, ConfigError, MergeError: as `add_weighted_adapter` does.
+        """
+        return arithmetic.convert(self, rank, adapter_name, lora_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

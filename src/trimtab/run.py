@@ -1,15 +1,20 @@
 """A finished run: the folder that `train` writes, which is all that predict and merge need."""
 
+import dataclasses
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import checkpoint
 from . import recipe as recipes
 from .adapter import PeftConfig
+from .auto import AutoPeftModel
 from .errors import CheckpointError, ConfigError, MergeError
 from .merge import QuantizedMergeWarning
+from .methods import METHODS
 from .model import PeftModel
 from .recipe import Recipe
 from .tasks import TASKS, Task
@@ -105,3 +110,67 @@ def merge(folder: Path, output: Path) -> float:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return difference
+
+
+def combine(
+    folders: Sequence[str],
+    factors: Sequence[float],
+    output: Path,
+    combination_type: str = "linear",
+    svd_rank: int | None = None,
+    density: float | None = None,
+) -> tuple[dict[str, float], bool]:
+    """Save what `PeftModel.add_weighted_adapter` makes of the adapters in folders.
+
+    Returns:
+        What is kept at each module, and whether the output is a run: those of one task and model give one.
+    Raises:
+        CheckpointError: an output folder that exists, or adapters of different models.
+        AdapterError, ConfigError, MergeError: as `add_weighted_adapter` does.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output} exists already. Name a new folder.")
+    bases = {folder: PeftConfig.from_pretrained(folder).base_model_name_or_path for folder in folders}
+    if len(set(bases.values())) > 1:
+        named = ", ".join(f"{folder} is of {base}" for folder, base in bases.items())
+        raise CheckpointError(f"Adapters of different models cannot be combined: {named}.")
+    first = load(Path(folders[0])) if (Path(folders[0]) / RECIPE).is_file() else None
+    model = first.model if first else AutoPeftModel.from_pretrained(folders[0])
+    names = ["default", *map(str, range(1, len(folders)))]
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        model.load_adapter(folder, name)
+    kept = model.add_weighted_adapter(names, list(factors), "all", combination_type, svd_rank=svd_rank, density=density)
+    part = output.with_name(output.name + ".part")
+    try:
+        checkpoint.save(model, part, "all")
+        is_run = first is not None and all(_is_alike(first, Path(folder)) for folder in folders[1:])
+        if first is not None and is_run:
+            first.task.save(part)
+            what = " + ".join(f"{w:g} {folder}" for w, folder in zip(factors, folders, strict=True))
+            _of_result(first.recipe, model.peft_config["all"], output, f"{combination_type}: {what}").write(
+                part / RECIPE
+            )
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return kept, is_run
+
+
+def _is_alike(first: Run, folder: Path) -> bool:
+    """Whether the folder is a run in which the model's answers mean the same: labels in the same order, and so on."""
+    if not (folder / RECIPE).is_file():
+        return False
+    recipe = recipes.read(folder / RECIPE)
+    if (recipe.task, recipe.model) != (first.recipe.task, first.recipe.model):
+        return False
+    task = TASKS[recipe.task].from_folder(folder)
+    return dataclasses.replace(task, names=first.task.names, reader=first.task.reader) == first.task
+
+
+def _of_result(recipe: Recipe, config: PeftConfig, output: Path, what: str) -> Recipe:
+    """The recipe with another method and output, and on record what was combined."""
+    name = next(name for name, kind in METHODS.items() if type(config) is kind)
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=set(recipes.FILLED_IN))
+    made_with = {**(recipe.made_with or {}), "combined": what}
+    update = {"method": {"name": name, **settings}, "output": output.absolute(), "made_with": made_with}
+    return recipe.model_copy(update=update)

@@ -7,6 +7,7 @@ import typer
 
 from ..errors import TrimtabError
 from .chat import chat
+from .combine import ManyWeights, combine
 from .compare import compare
 from .demo import demo
 from .doctor import doctor
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for verb in (demo, init, train, evaluate, predict, chat, compare, merge, inspect, targets, methods, doctor):
     app.command(no_args_is_help=verb not in (demo, methods, doctor))(verb)
+app.command(cls=ManyWeights, no_args_is_help=True)(combine)
 app.add_typer(recipes, name="recipes")
 
 

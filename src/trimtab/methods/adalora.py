@@ -65,8 +65,11 @@ class AdaLoraAdapter(Adapter):
         return y + weights.mix(site, h, self.P.to(x.dtype)).to(y.dtype)
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
-        delta = self.P @ (self.E * self.Q) * self.scale
-        return weight + delta.view(weight.shape).to(weight.dtype)
+        B, A = self.low_rank(site)
+        return weight + (B @ A).view(weight.shape).to(weight.dtype)
+
+    def low_rank(self, site: nn.Module) -> tuple[Tensor, Tensor]:
+        return self.P * self.scale, self.E * self.Q
 
 
 class AdaLoraConfig(TargetConfig):

@@ -53,6 +53,11 @@ class BiasAdapter(Adapter):
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         return self.bias.fold(site, bias)
 
+    def neutral(self, site: nn.Module) -> dict[str, Tensor]:
+        bias = own_bias(site)
+        assert bias is not None
+        return {"bias.value": bias}
+
     def hf_key(self, name: str) -> str:
         return self.name
 

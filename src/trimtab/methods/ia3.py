@@ -6,6 +6,7 @@ scales keys, values and the inner activations of the feed-forward part, which ar
 
 from typing import Any, ClassVar
 
+import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
@@ -70,6 +71,9 @@ class IA3Adapter(Adapter):
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         return bias if bias is None or self.feedforward else bias * self.scale.flatten().to(bias.dtype)
+
+    def neutral(self, site: nn.Module) -> dict[str, Tensor]:
+        return {"scale": torch.ones_like(self.scale)}
 
 
 class IA3Config(TargetConfig):

@@ -128,6 +128,22 @@ class LoraAdapter(Adapter):
         merged = weight + delta.to(weight.dtype)
         return merged if self.magnitude is None else self.magnitude.fold(site, merged, A, B, self.scale)
 
+    def low_rank(self, site: nn.Module) -> tuple[Tensor, Tensor] | None:
+        if self.magnitude is not None or self.invocation is not None or self.B.shape[1] != len(self.A):
+            return None
+        A, B = self._change()
+        return B.flatten(1) * self.scale, A.flatten(1)
+
+    def take(self, B: Tensor, A: Tensor, shift: Tensor | None) -> None:
+        """Add B (out, n) times A (n, in * kernel) to the weight, n up to r, and the shift (out,) to a trained bias."""
+        more = len(self.A) - len(A)
+        state = self.state_dict()
+        state["A"] = F.pad(A, (0, 0, 0, more)).view(self.A.shape).clone()
+        state["B"] = F.pad(B / self.scale, (0, more)).view(self.B.shape).clone()
+        if self.bias is not None and shift is not None:
+            state["bias.value"] = self.bias.value + shift
+        self.load_state_dict(state, assign=True)
+
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         if self.magnitude is not None:
             bias = self.magnitude.fold_bias(site, bias, *self._change(), self.scale)

@@ -29,6 +29,7 @@ class Tokens(nn.Module):
         super().__init__()
         stored = weights.parameter(site)
         device = torch.device("cpu") if stored is None or stored.is_meta else stored.device
+        self.ids = indices
         ids = torch.tensor(indices, device=device)
         by_size = ids.sort()
         self.register_buffer("sorted", by_size.values, persistent=False)
@@ -73,6 +74,9 @@ class TokensAdapter(Adapter):
         if isinstance(site, nn.Embedding):  # (out, in): its columns are the table's rows
             return weight.index_add(1, ids, change.T)
         return weight.index_add(0, ids, change)
+
+    def neutral(self, site: nn.Module) -> dict[str, Tensor]:
+        return {name: table(site)[self.rows[0].ids] for name in self.state_dict()}
 
     def hf_key(self, name: str) -> str:
         return self.hf_path + "trainable_tokens_delta"

@@ -69,9 +69,12 @@ class VeraAdapter(Adapter):
         return y if self.bias is None else self.bias.add(site, y)
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
+        B, A = self.low_rank(site)
+        return weight + (B @ A).to(weight.dtype)
+
+    def low_rank(self, site: nn.Module) -> tuple[Tensor, Tensor]:
         A, B = self._own(self.lambda_b)
-        delta = (self.lambda_b[:, None] * B) @ (self.lambda_d[:, None] * A)
-        return weight + delta.to(weight.dtype)
+        return self.lambda_b[:, None] * B, self.lambda_d[:, None] * A
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         return bias if self.bias is None else self.bias.fold(site, bias)
