@@ -268,8 +268,8 @@ def _add_lora(model: nn.Module, name: str, sources: Sequence[Source], rule: Rule
     modules, here = dict(model.named_modules()), _by_path(sources)
     others = {path for path, found in here.items() if _of_one_kind(_parts(found))}
     if not (targets := [path for path in here if path not in others]):
-        raise MergeError(f"{[source.name for source in sources]} change no weight that a LoRA could change. Combine "
-                         "adapters of one such method without svd.")  # fmt: skip
+        raise MergeError(f"Of what {[source.name for source in sources]} train (biases, tokens, whole modules) nothing "
+                         "can be A and B of a LoRA. Combine adapters of one such method without svd.")  # fmt: skip
     whole = tuple(path for path, found in here.items() if any(part.replacement is not None for part in _parts(found)))
     inside = tuple(f"{path}." for path in whole)
     if both := [path for path in here if path.startswith(inside) or (path in whole and path in targets)]:
