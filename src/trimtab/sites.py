@@ -143,8 +143,9 @@ class AnySite(Swapped, nn.Module):
         Args:
             on_input: those that act on the arguments by name, instead of those that act around the call.
         """
-        names = [name for name in self._active.names if name in self.adapters and name not in self._active.merged]
-        stack = [part for name in names for part in cast(Adapter, self.adapters[name]).parts()]
+        held, active = adapters(self), self._active
+        names = [name for name in active.names if name in held and name not in active.merged]
+        stack = [part for name in names for part in cast(Adapter, held[name]).parts()]
         return [adapter for adapter in stack if isinstance(adapter, InputAdapter) == on_input]
 
 
@@ -283,6 +284,13 @@ def plain_copy(module: nn.Module) -> nn.Module:
         if isinstance(part, FrozenStatistics):
             thaw_statistics(part, module.training)
     return copied
+
+
+def adapters(site: AnySite) -> dict[str, nn.Module | None]:
+    """`site.adapters`, without the time that two modules take to look for it."""
+    held = site._modules["adapters"]
+    assert held is not None
+    return held._modules
 
 
 def sites(model: nn.Module) -> Iterator[AnySite]:
