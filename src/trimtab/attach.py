@@ -63,6 +63,11 @@ def plan(model: nn.Module, config: PeftConfig, name: str, saved: bool = False) -
         ConfigError, TargetError: the config means nothing in this model.
     """
     check_name(model, name)
+    return Plan(name, *build(model, config, saved))
+
+
+def build(model: nn.Module, config: PeftConfig, saved: bool = False) -> tuple[PeftConfig, dict[str, Adapter]]:
+    """The resolved config and its adapters, as `plan` makes them."""
     if "_trunk" in vars(model):
         check_unmerged(trunk(model))
     config = config.resolved(model)
@@ -73,7 +78,7 @@ def plan(model: nn.Module, config: PeftConfig, name: str, saved: bool = False) -
             sites.check(path, modules[path], modules[path.rpartition(".")[0]], part)
     if not saved:
         _check_ranks(model, config, adapters)
-    return Plan(name, config, adapters)
+    return config, adapters
 
 
 def _check_ranks(model: nn.Module, config: PeftConfig, adapters: dict[str, Adapter]) -> None:

@@ -141,6 +141,20 @@ class PeftModel(sites.Swapped, nn.Module):
         """Attach one more saved adapter; it acts after `set_adapter`. Raises as `from_pretrained` does."""
         _load(self, model_id, adapter_name, is_trainable, config, revision, subfolder)
 
+    def hotswap_adapter(
+        self, model_id: str | Path, adapter_name: str = "default", revision: str | None = None, subfolder: str = ""
+    ) -> None:
+        """Put the weights of a saved adapter in the place of a loaded one's, which goes on under its name and config.
+
+        Nothing is attached, and no compiled graph is made anew. A LoRA of a lower rank is filled up with zeros, and
+        another scale is worked into B. (HF PEFT compiles anew for these unless the model was prepared.)
+
+        Raises:
+            AdapterError: an unknown name, or merged adapters.
+            CheckpointError: no adapter there, or one that acts at other modules or otherwise. Nothing is changed then.
+        """
+        checkpoint.hotswap(self, files.locate(model_id, revision, subfolder), adapter_name)
+
     def save_pretrained(
         self,
         save_directory: str | Path,
