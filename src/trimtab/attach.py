@@ -29,7 +29,7 @@ class Trunk:
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapters of one name, by module name."""
-        there = ((path, sites.adapters(site)) for path, site in self.sites.items())
+        there = ((path, sites.adapters(site)._modules) for path, site in self.sites.items())
         return {path: cast(Adapter, held[name]) for path, held in there if name in held}
 
     def stands_alone(self, name: str) -> bool:
@@ -70,6 +70,7 @@ def build(model: nn.Module, config: PeftConfig, saved: bool = False) -> tuple[Pe
     """The resolved config and its adapters, as `plan` makes them."""
     if "_trunk" in vars(model):
         check_unmerged(trunk(model))
+    sites.check_free("", model)
     config = config.resolved(model)
     adapters = config.adapters(model)
     modules = dict(model.named_modules())

@@ -68,8 +68,8 @@ def hotswap(model: nn.Module, folder: str | Path, name: str) -> None:
             states[path] = here[path].state_of(adapters[path])
         except CheckpointError as error:
             raise CheckpointError(
-                f"The adapter in {folder} cannot take the place of {name!r}. At {path or type(model).__name__} {error}. "
-                "Nothing was changed. Load it beside with load_adapter."
+                f"The adapter in {folder} cannot take the place of {name!r}. At {path or type(model).__name__} {error}."
+                " Nothing was changed. Load it beside with load_adapter."
             ) from None
     for path, adapter in here.items():
         adapter.load_state_dict(states[path])

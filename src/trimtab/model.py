@@ -78,6 +78,19 @@ def _become_peft_model(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
+class AdapterStatus:
+    """One loaded adapter."""
+
+    name: str
+    peft_type: str
+    parameters: int
+    bytes: int  # of its parameters and buffers
+    active: bool
+    merged: bool
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
 class LayerStatus:
     """The state of one site, with HF PEFT's field names."""
 
@@ -366,6 +379,11 @@ class PeftModel(sites.Swapped, nn.Module):
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
+    def adapters(self) -> list[AdapterStatus]:
+        """What is loaded: method, size and state of each adapter. What sites share counts once."""
+        own = trunk(self)
+        return [_adapter_status(own, name) for name in own.configs]
+
     def get_layer_status(self) -> list[LayerStatus]:
         """The state of every site: which adapters it has, which act, which train, where they lie."""
         own = trunk(self)
@@ -390,7 +408,7 @@ def _load(
 
 
 def _status(own: attach.Trunk, path: str, site: sites.AnySite) -> LayerStatus:
-    here = {name: list(adapter.parameters()) for name, adapter in site.adapters.items()}
+    here = {name: list(adapter.parameters()) for name, adapter in sites.adapters(site).items()}
     return LayerStatus(
         name=path,
         module_type=type(site).__name__,
@@ -400,4 +418,18 @@ def _status(own: attach.Trunk, path: str, site: sites.AnySite) -> LayerStatus:
         requires_grad={name: any(parameter.requires_grad for parameter in found) for name, found in here.items()},
         available_adapters=sorted(here),
         devices={name: sorted({parameter.device.type for parameter in found}) for name, found in here.items()},
+    )
+
+
+def _adapter_status(own: attach.Trunk, name: str) -> AdapterStatus:
+    modules = nn.ModuleList(own.adapters(name).values())
+    parameters = list(modules.parameters())
+    return AdapterStatus(
+        name=name,
+        peft_type=own.configs[name].peft_type,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        bytes=sum(value.nbytes for value in (*parameters, *modules.buffers())),
+        active=name in own.active.names,
+        merged=name in own.active.merged,
+        requires_grad=any(parameter.requires_grad for parameter in parameters),
     )
