@@ -12,7 +12,18 @@ from models import randomise
 from torch import nn
 
 import trimtab
-from trimtab import AdapterError, LNTuningConfig, LoraConfig, PeftModel, attach, get_peft_model
+from trimtab import (
+    AdapterError,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TargetError,
+    VeraConfig,
+    attach,
+    get_peft_model,
+)
+from trimtab.model import AdapterStatus
 
 CONFIG = LoraConfig(r=2, target_modules=["first"], modules_to_save=["head"])
 
@@ -122,6 +133,43 @@ def test_the_status_of_every_site() -> None:
     model.unmerge_adapter()
     with model.disable_adapter():
         assert not model.get_layer_status()[0].enabled
+
+
+def test_what_is_loaded() -> None:
+    """Numbers and bytes by hand: 2 x (5 + 7) and a head of 6 x 3 + 3 in float32; VeRA's matrices are no parameters."""
+    model, _ = adapted()
+    vera = VeraConfig(r=6, target_modules=["first", "second"], inference_mode=True)
+    model.add_adapter("second", vera)
+    first, second = model.adapters()
+    assert first == AdapterStatus("default", "LORA", 45, 180, active=True, merged=False, requires_grad=True)
+    parameters, matrices = 6 + 7 + 6 + 6, 6 * 7 + 7 * 6  # A and B as wide as the widest site
+    size = 4 * (parameters + matrices)
+    assert second == AdapterStatus("second", "VERA", parameters, size, active=False, merged=False, requires_grad=False)
+    model.set_adapter(["default", "second"])
+    model.merge_adapter(["second"])
+    assert [(status.active, status.merged) for status in model.adapters()] == [(True, False), (True, True)]
+
+
+def test_a_prompt_at_the_root_is_listed_and_removed() -> None:
+    """There the site's `adapters` and the model's are on one object."""
+    model, inputs = models.gpt2()
+    before = run(model, inputs)
+    get_peft_model(model, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert [(status.name, status.parameters) for status in model.adapters()] == [("default", 3 * 16)]
+    model.unload()
+    assert same_bits(run(model, inputs), before)
+
+
+def test_a_model_with_adapters_of_its_own_is_refused() -> None:
+    class Own(models.Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapters = nn.ModuleList()
+
+    model = Own()
+    with pytest.raises(TargetError, match=r"The model \(Own\) has something called `adapters` of its own"):
+        get_peft_model(model, CONFIG)
+    assert type(model) is Own
 
 
 def test_adapters_in_the_base_s_precision_where_asked_for() -> None:

@@ -11,7 +11,7 @@ from models import ids, randomise
 from test_virtual_tokens import GREEDY, LEFT, MODELS, TOLERANCE, tokenwise
 from torch import Tensor, nn
 
-from trimtab import ConfigError, CPTConfig, PeftModel, get_peft_model
+from trimtab import ConfigError, CPTConfig, PeftModel, get_peft_model, sites
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
@@ -43,7 +43,7 @@ def test_loss_by_the_formula(kind: str, types: Tensor | None) -> None:
     got = model(**inputs)
     assert got.logits.shape[:2] == (2, 5)
     base = models.llama().model
-    own = model.adapters["default"].embedding
+    own = sites.adapters(model)["default"].embedding
     embeds = torch.cat([own.expand(2, -1, -1), base.get_input_embeddings()(inputs["input_ids"])], 1)
     mask = torch.cat([torch.ones(2, 10).long(), LEFT], 1)
     logits = base(inputs_embeds=embeds, attention_mask=mask).logits.log_softmax(-1)
@@ -74,7 +74,7 @@ def test_trains_as_hf_peft_does(name: str, tmp_path: Path) -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 2.0)
             optimizer.step()
     hf.eval(), ours.eval()
-    change = ours.adapters["default"].embedding - ours.get_input_embeddings()(torch.tensor(CONTEXT))
+    change = sites.adapters(ours)["default"].embedding - ours.get_input_embeddings()(torch.tensor(CONTEXT))
     radius = {1: 0.8, 2: 15, 3: 0.8, 0: 0.0}
     reach = torch.tensor([radius[found % 4] for found in TYPES]) * (16 / 2048) ** 0.5
     length = change.norm(dim=1)
@@ -90,7 +90,7 @@ def test_trains_as_hf_peft_does(name: str, tmp_path: Path) -> None:
         hf.save_pretrained(tmp_path / "hf")
         ours.save_pretrained(tmp_path / "ours")
         read = PeftModel.from_pretrained(make().model, tmp_path / "hf", is_trainable=True)
-        assert torch.equal(read.adapters["default"].context, ours.adapters["default"].context)
+        assert torch.equal(sites.adapters(read)["default"].context, sites.adapters(ours)["default"].context)
         torch.testing.assert_close(read(**inputs).logits, mine.logits, **TOLERANCE)
         again = peft.PeftModel.from_pretrained(make().model, str(tmp_path / "ours")).eval()
         found = again(**batch(input_type_mask=ROWS.clone()))

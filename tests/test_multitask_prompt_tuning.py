@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_virtual_tokens import GREEDY, MODELS, TOLERANCE, P
 
 import trimtab
-from trimtab import AdapterError, ConfigError, MultitaskPromptTuningConfig, PeftModel, get_peft_model
+from trimtab import AdapterError, ConfigError, MultitaskPromptTuningConfig, PeftModel, get_peft_model, sites
 
 TASKS = torch.tensor([1, 0])
 
@@ -37,7 +37,7 @@ def trained(model: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
 def test_formula() -> None:
     model, inputs = trained("llama-left")
     got = model(**inputs)
-    own = model.adapters["default"]
+    own = sites.adapters(model)["default"]
     assert [tuple(p.shape) for p in (own.embedding, own.u, own.v)] == [(3, 16), (3, 3, 2), (3, 2, 16)]
     rows = []
     for task in (1, 0):
@@ -93,7 +93,7 @@ def test_tasks_are_said_in_every_call(model: str) -> None:
 def test_begins_from_source_tasks(tmp_path: Path) -> None:
     source, _ = trained("llama")
     source.save_pretrained(tmp_path)
-    own = source.adapters["default"]
+    own = sites.adapters(source)["default"]
     path = str(tmp_path / "adapter_model.safetensors")
 
     def begun(init: str, where: str = path, **settings: Any) -> Any:

@@ -28,6 +28,7 @@ from trimtab import (
     TargetError,
     get_peft_model,
     nearest_tokens,
+    sites,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
@@ -327,7 +328,7 @@ def test_lora_acts_beside_a_prompt_and_a_second_prompt_does_not() -> None:
 
 
 def adapter_of(model: Any, name: str) -> Any:
-    return model.adapters[name]
+    return sites.adapters(model)[name]
 
 
 def test_prefix_beside_an_adapter_of_attention_itself() -> None:

@@ -29,6 +29,7 @@ from trimtab import (
     UnionConfig,
     UniPeltConfig,
     get_peft_model,
+    sites,
 )
 from trimtab import recipe as recipes
 from trimtab.checkpoint import describe
@@ -209,7 +210,7 @@ def test_a_gated_prefix_is_scaled_by_what_the_layer_reads() -> None:
     union = UnionConfig(methods=[PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")], gated=True)
     get_peft_model(model, union)
     randomise(model)
-    [prefix] = model.adapters["default"].parts()
+    [prefix] = sites.adapters(model)["default"].parts()
     seen: dict[int, torch.Tensor] = {}
     for layer, block in enumerate(model.transformer.h):
         block.attn.register_forward_pre_hook(

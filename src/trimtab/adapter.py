@@ -55,6 +55,7 @@ class Adapter(nn.Module):
     replacement: nn.Module | None
     dropout: float = 0.0  # probability; 0 where the method has none
     rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
+    adjusted: ClassVar[frozenset[str]] = frozenset()  # settings of another one that `state_of` makes up for
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_wraps: ClassVar[bool] = True  # HF PEFT puts the site of such an adapter into a `base_layer`
     hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
@@ -99,8 +100,18 @@ class Adapter(nn.Module):
         if type(self) is not type(other):
             return f"kind: {type(self).__name__}, {type(other).__name__}"
         own, its = _settings(self), _settings(other)
-        names = [name for name in own | its if own.get(name) != its.get(name)]
+        names = [name for name in own | its if own.get(name) != its.get(name) and name not in self.adjusted]
         return f"{names[0]}: {own.get(names[0])}, {its.get(names[0])}" if names else ""
+
+    def state_of(self, other: "Adapter") -> dict[str, Tensor]:
+        """The state with which this adapter does what the other one does.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if difference := self.differs(other):
+            raise CheckpointError(f"it differs in {difference}")
+        return other.state_dict()
 
     def hf_key(self, name: str) -> str:
         """The end of the key under which HF PEFT saves the parameter `name` of this adapter."""

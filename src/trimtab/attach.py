@@ -29,8 +29,8 @@ class Trunk:
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapters of one name, by module name."""
-        there = {path: site.adapters for path, site in self.sites.items()}
-        return {path: cast(Adapter, adapters[name]) for path, adapters in there.items() if name in adapters}
+        there = ((path, sites.adapters(site)._modules) for path, site in self.sites.items())
+        return {path: cast(Adapter, held[name]) for path, held in there if name in held}
 
     def stands_alone(self, name: str) -> bool:
         parts = [part for adapter in self.adapters(name).values() for part in adapter.parts()]
@@ -63,8 +63,14 @@ def plan(model: nn.Module, config: PeftConfig, name: str, saved: bool = False) -
         ConfigError, TargetError: the config means nothing in this model.
     """
     check_name(model, name)
+    return Plan(name, *build(model, config, saved))
+
+
+def build(model: nn.Module, config: PeftConfig, saved: bool = False) -> tuple[PeftConfig, dict[str, Adapter]]:
+    """The resolved config and its adapters, as `plan` makes them."""
     if "_trunk" in vars(model):
         check_unmerged(trunk(model))
+    sites.check_free("", model)
     config = config.resolved(model)
     adapters = config.adapters(model)
     modules = dict(model.named_modules())
@@ -73,7 +79,7 @@ def plan(model: nn.Module, config: PeftConfig, name: str, saved: bool = False) -
             sites.check(path, modules[path], modules[path.rpartition(".")[0]], part)
     if not saved:
         _check_ranks(model, config, adapters)
-    return Plan(name, config, adapters)
+    return config, adapters
 
 
 def _check_ranks(model: nn.Module, config: PeftConfig, adapters: dict[str, Adapter]) -> None:
@@ -137,23 +143,38 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
             raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if set(names) != set(own.active.names):
         check_unmerged(own)
+    if len(chosen := tuple(dict.fromkeys(names))) > 1:
+        _check_together(own, chosen)
+    for name in {*own.active.names, *chosen}:
+        learns = trainable and name in chosen and not own.configs[name].inference_mode
+        for adapter in own.adapters(name).values():
+            _set_learning(adapter, learns)
+    own.active.names = chosen
+
+
+def _check_together(own: Trunk, names: tuple[str, ...]) -> None:
     replaced: dict[str, str] = {}
     for name in names:
         for path, adapter in own.adapters(name).items():
             copied = any(part.replacement is not None for part in adapter.parts())
             if copied and (other := replaced.setdefault(path, name)) != name:
                 raise AdapterError(f"{other!r} and {name!r} both replace {path}: they cannot act together.")
-    prompts = [name for name in dict.fromkeys(names) if own.stands_alone(name)]
+    prompts = [name for name in names if own.stands_alone(name)]
     if len(prompts) > 1:
         raise AdapterError(
             f"{prompts} all put virtual tokens before the input, where each was trained to stand alone. Activate one "
             "of them; adapters at layers (LoRA and the like) can act beside it."
         )
-    for name in {*own.active.names, *names}:
-        learns = trainable and name in names and not own.configs[name].inference_mode
-        for adapter in own.adapters(name).values():
-            adapter.requires_grad_(learns)
-    own.active.names = tuple(dict.fromkeys(names))
+
+
+def _set_learning(module: nn.Module, learns: bool) -> None:
+    """`module.requires_grad_(learns)`, in a fifth of the time: switching is what many adapters on one trunk are for."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.requires_grad_(learns)
+    for child in module._modules.values():
+        if child is not None:
+            _set_learning(child, learns)
 
 
 @contextlib.contextmanager

@@ -50,19 +50,46 @@ def load(model: nn.Module, folder: str | Path, name: str, config: PeftConfig | N
         CheckpointError: no adapter there, or one that does not fit this model. The model is untouched then.
     """
     attach.check_name(model, name)
-    if config is None:
-        config = PeftConfig.from_pretrained(folder)
+    config, adapters = _read_adapters(model, folder, config or PeftConfig.from_pretrained(folder))
+    attach.install(model, attach.Plan(name, config, adapters))
+
+
+def hotswap(model: nn.Module, folder: str | Path, name: str) -> None:
+    """`PeftModel.hotswap_adapter`, which says all of it."""
+    own = trunk(model)
+    if name not in own.configs:
+        raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    config, adapters = _read_adapters(model, folder, PeftConfig.from_pretrained(folder))
+    here, states = own.adapters(name), {}
+    for path in here | adapters:
+        try:
+            if path not in here or path not in adapters:
+                raise CheckpointError("one of the two only is there")
+            states[path] = here[path].state_of(adapters[path])
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The adapter in {folder} cannot take the place of {name!r}. At {path or type(model).__name__} {error}."
+                " Nothing was changed. Load it beside with load_adapter."
+            ) from None
+    for path, adapter in here.items():
+        adapter.load_state_dict(states[path])
+    update = {setting: getattr(config, setting) for setting in config.found_in_training}
+    own.configs[name] = own.configs[name].model_copy(update=update)
+
+
+def _read_adapters(model: nn.Module, folder: str | Path, config: PeftConfig) -> tuple[PeftConfig, dict[str, Adapter]]:
+    """The saved adapters, at no site yet, and their config."""
     where = _weights(folder)
     tensors = _read(where, model)
     config = _with_embeddings(config, tensors, model)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", PartialTargetWarning)  # a saved list may serve several architectures
-            made = attach.plan(model, config, name, saved=True)
+            config, adapters = attach.build(model, config, saved=True)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"The adapter in {folder} does not fit {type(model).__name__}: {error}") from None
-    _fill(model, made.config, made.adapters, tensors, where)
-    attach.install(model, made)
+    _fill(model, config, adapters, tensors, where)
+    return config, adapters
 
 
 def load_weights(model: nn.Module, folder: str | Path, name: str) -> None:

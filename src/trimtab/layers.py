@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .errors import ConfigError
-from .sites import AnySite
+from .sites import AnySite, adapters
 from .targets import base_modules
 
 End = Literal["input", "output"]
@@ -46,7 +46,7 @@ def groups(model: nn.Module) -> list[list[nn.Parameter]]:
         last = here
         own = [*module.parameters(recurse=False)]
         if isinstance(module, AnySite):
-            own += module.adapters.parameters()
+            own += adapters(module).parameters()
         found[-1] += [parameter for parameter in own if parameter.requires_grad and parameter not in seen]
         seen.update(own)
     trained = [group for group in found if group]

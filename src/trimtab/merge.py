@@ -41,7 +41,7 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False) 
             raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
     if own.active.merged:
         raise AdapterError(f"{list(own.active.merged)} are merged already; call unmerge_adapter() first.")
-    folded = {path: site for path, site in own.sites.items() if any(name in site.adapters for name in chosen)}
+    folded = {path: site for path, site in own.sites.items() if any(name in sites.adapters(site) for name in chosen)}
     try:
         for path, site in folded.items():
             try:
@@ -101,7 +101,8 @@ def merge_and_detach(model: nn.Module, names: list[str] | None = None, safe: boo
 
 
 def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
-    there = [cast(Adapter, site.adapters[name]) for name in names if name in site.adapters]
+    held = sites.adapters(site)
+    there = [cast(Adapter, held[name]) for name in names if name in held]
     adapters = [part for adapter in there for part in adapter.parts()]
     vars(site)["_kept"] = _parts(site)
     replaced = [adapter for adapter in adapters if adapter.replacement is not None]

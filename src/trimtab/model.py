@@ -78,6 +78,19 @@ def _become_peft_model(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
+class AdapterStatus:
+    """One loaded adapter."""
+
+    name: str
+    peft_type: str
+    parameters: int
+    bytes: int  # of its parameters and buffers
+    active: bool
+    merged: bool
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
 class LayerStatus:
     """The state of one site, with HF PEFT's field names."""
 
@@ -140,6 +153,20 @@ class PeftModel(sites.Swapped, nn.Module):
     ) -> None:
         """Attach one more saved adapter; it acts after `set_adapter`. Raises as `from_pretrained` does."""
         _load(self, model_id, adapter_name, is_trainable, config, revision, subfolder)
+
+    def hotswap_adapter(
+        self, model_id: str | Path, adapter_name: str = "default", revision: str | None = None, subfolder: str = ""
+    ) -> None:
+        """Put the weights of a saved adapter in the place of a loaded one's, which goes on under its name and config.
+
+        Nothing is attached, and no compiled graph is made anew. A LoRA of a lower rank is filled up with zeros, and
+        another scale is worked into B. (HF PEFT compiles anew for these unless the model was prepared.)
+
+        Raises:
+            AdapterError: an unknown name, or merged adapters.
+            CheckpointError: no adapter there, or one that acts at other modules or otherwise. Nothing is changed then.
+        """
+        checkpoint.hotswap(self, files.locate(model_id, revision, subfolder), adapter_name)
 
     def save_pretrained(
         self,
@@ -352,6 +379,11 @@ class PeftModel(sites.Swapped, nn.Module):
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
+    def adapters(self) -> list[AdapterStatus]:
+        """What is loaded: method, size and state of each adapter. What sites share counts once."""
+        own = trunk(self)
+        return [_adapter_status(own, name) for name in own.configs]
+
     def get_layer_status(self) -> list[LayerStatus]:
         """The state of every site: which adapters it has, which act, which train, where they lie."""
         own = trunk(self)
@@ -376,7 +408,7 @@ def _load(
 
 
 def _status(own: attach.Trunk, path: str, site: sites.AnySite) -> LayerStatus:
-    here = {name: list(adapter.parameters()) for name, adapter in site.adapters.items()}
+    here = {name: list(adapter.parameters()) for name, adapter in sites.adapters(site).items()}
     return LayerStatus(
         name=path,
         module_type=type(site).__name__,
@@ -386,4 +418,18 @@ def _status(own: attach.Trunk, path: str, site: sites.AnySite) -> LayerStatus:
         requires_grad={name: any(parameter.requires_grad for parameter in found) for name, found in here.items()},
         available_adapters=sorted(here),
         devices={name: sorted({parameter.device.type for parameter in found}) for name, found in here.items()},
+    )
+
+
+def _adapter_status(own: attach.Trunk, name: str) -> AdapterStatus:
+    modules = nn.ModuleList(own.adapters(name).values())
+    parameters = list(modules.parameters())
+    return AdapterStatus(
+        name=name,
+        peft_type=own.configs[name].peft_type,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        bytes=sum(value.nbytes for value in (*parameters, *modules.buffers())),
+        active=name in own.active.names,
+        merged=name in own.active.merged,
+        requires_grad=any(parameter.requires_grad for parameter in parameters),
     )

@@ -154,8 +154,9 @@ class AnySite(Swapped, nn.Module):
         Args:
             on_input: those that act on the arguments by name, instead of those that act around the call.
         """
-        names = [name for name in self._active.names if name in self.adapters and name not in self._active.merged]
-        stack = [part for name in names for part in cast(Adapter, self.adapters[name]).parts()]
+        held, active = adapters(self)._modules, self._active
+        names = [name for name in active.names if name in held and name not in active.merged]
+        stack = [part for name in names for part in cast(Adapter, held[name]).parts()]
         return [adapter for adapter in stack if isinstance(adapter, InputAdapter) == on_input]
 
 
@@ -288,7 +289,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """A deep copy of the module as it would be without adapters."""
     copied = copy.deepcopy(module)
     for site in list(sites(copied)):
-        for name in list(site.adapters):
+        for name in list(adapters(site)):
             remove(site, name)
     for part in copied.modules():
         if isinstance(part, FrozenStatistics):
@@ -296,16 +297,28 @@ def plain_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
+def adapters(site: AnySite) -> nn.ModuleDict:
+    """All that are loaded at the site: `site.adapters`, which at the root is the method of `PeftModel`."""
+    return cast(nn.ModuleDict, site._modules["adapters"])
+
+
 def sites(model: nn.Module) -> Iterator[AnySite]:
     return (module for module in model.modules() if isinstance(module, AnySite))
+
+
+def check_free(name: str, module: nn.Module) -> None:
+    """Raise a TargetError where the name `adapters` is taken."""
+    if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
+        raise TargetError(
+            f"{name or 'The model'} ({type(module).__name__}) has something called `adapters` of its own."
+        )
 
 
 def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapter) -> None:
     """Raise a TargetError where this adapter would not act at this module."""
     if adapter.replacement is not None and isinstance(module, InputSite):
         raise TargetError(f"modules_to_save: {name} takes the virtual tokens of another adapter. Save parts of it.")
-    if not isinstance(module, AnySite) and ("adapters" in vars(module) or "adapters" in module._modules):
-        raise TargetError(f"{name} ({type(module).__name__}) has something called `adapters` of its own.")
+    check_free(name, module)
     if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented":
         raise TargetError(f"{name} is a {type(module).__name__}, which is never called. Name the modules inside it.")
     if "forward" in vars(module) and not any(_is_own(module, name) for name in FORWARDS):
@@ -343,14 +356,14 @@ def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter
     if "adapters" not in module._modules:
         module.adapters = nn.ModuleDict().train(module.training)
         module._active = active
-    module.adapters[name] = adapter
+    adapters(module)[name] = adapter
     return module
 
 
 def remove(module: AnySite, name: str) -> None:
     """Take an adapter from a site; with its last adapter the site is a plain module again."""
-    del module.adapters[name]
-    if not len(module.adapters):
+    del adapters(module)[name]
+    if not len(adapters(module)):
         for attribute in ("adapters", "_active"):
             delattr(module, attribute)
         for mixin in lineage(type(module))[0]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .. import weights
 from ..adapter import Adapter
-from ..errors import ConfigError, MergeError, TargetError, did_you_mean
+from ..errors import CheckpointError, ConfigError, MergeError, TargetError, did_you_mean
 from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value, shared
 from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
@@ -44,6 +44,8 @@ from .trainable_tokens import token_adapters
 
 
 class LoraAdapter(Adapter):
+    adjusted: ClassVar[frozenset[str]] = frozenset({"A", "B", "rank", "scale"})
+
     def __init__(
         self,
         site: nn.Module,
@@ -136,13 +138,28 @@ class LoraAdapter(Adapter):
 
     def take(self, B: Tensor, A: Tensor, shift: Tensor | None) -> None:
         """Add B (out, n) times A (n, in * kernel) to the weight, n up to r, and the shift (out,) to a trained bias."""
-        more = len(self.A) - len(A)
-        state = self.state_dict()
-        state["A"] = F.pad(A, (0, 0, 0, more)).view(self.A.shape).clone()
-        state["B"] = F.pad(B / self.scale, (0, more)).view(self.B.shape).clone()
+        state = self.state_dict() | self._filled(B, A)
         if self.bias is not None and shift is not None:
             state["bias.value"] = self.bias.value + shift
         self.load_state_dict(state, assign=True)
+
+    def state_of(self, other: Adapter) -> dict[str, Tensor]:
+        """Lower ranks are filled up with zeros, and another scale is worked into B."""
+        state = super().state_of(other)
+        assert isinstance(other, LoraAdapter)
+        same = (self.A.shape, self.B.shape, self.scale) == (other.A.shape, other.B.shape, other.scale)
+        if same and not isinstance(other.start, GivenStart):
+            return state
+        if self.start is not None or self.B.shape[1] != len(self.A) or len(other.A) > len(self.A):
+            raise CheckpointError(f"its rank is {len(other.A)} and its scale {other.scale:g}, here {len(self.A)} and "
+                                  f"{self.scale:g}")  # fmt: skip
+        return state | self._filled(other.B.flatten(1) * other.scale, other.A.flatten(1))
+
+    def _filled(self, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """A and B of this adapter's shapes whose product, times its scale, is that of these."""
+        more = len(self.A) - len(A)
+        filled = F.pad(A, (0, 0, 0, more)), F.pad(B / self.scale, (0, more))
+        return {"A": filled[0].view(self.A.shape).clone(), "B": filled[1].view(self.B.shape).clone()}
 
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         if self.magnitude is not None:
