@@ -102,7 +102,7 @@ def test_begins_from_source_tasks(tmp_path: Path) -> None:
         settings |= {"prompt_tuning_init": init, "prompt_tuning_init_state_dict_path": where}
         hf = peft.MultitaskPromptTuningConfig(**{**settings, "prompt_tuning_init_state_dict_path": path})
         theirs = peft.get_peft_model(models.llama().model, hf).prompt_encoder["default"]
-        mine = get_peft_model(models.llama().model, MultitaskPromptTuningConfig(**settings)).adapters["default"]
+        mine = sites.adapters(get_peft_model(models.llama().model, MultitaskPromptTuningConfig(**settings)))["default"]
         assert torch.equal(mine.embedding, theirs.embedding.weight)
         if init != "ONLY_SOURCE_SHARED":
             assert torch.equal(mine.u, theirs.prefix_task_cols)

@@ -40,6 +40,7 @@ from .methods.trainable_tokens import TokensAdapter
 from .targets import compact, pattern_name
 
 KINDS = ("linear", "magnitude_prune", "dare_linear", "ties", "dare_ties")
+DENSITY = 0.2  # by default, as in TIES' paper
 TYPES = ("cat", "svd", *KINDS, *(f"{kind}_svd" for kind in KINDS[1:]))
 
 
@@ -112,7 +113,6 @@ class Source:
     adapters: dict[str, Adapter]  # by module name
 
 
-DENSITY = 0.2  # TIES' own
 Here = list[tuple[float, Adapter]]  # what the sources have at one site, and their factors
 
 
@@ -344,13 +344,13 @@ def _as_pair(D: Tensor) -> tuple[Tensor, Tensor]:
 def _shift(site: nn.Module, bias: Tensor | None, here: Here, rule: Rule) -> Tensor | None:
     if bias is None:
         return None
-    shifts = []
+    shifts, before = [], bias.double()
     for _, adapter in here:
-        after: Tensor | None = bias
+        after: Tensor | None = before
         for part in adapter.parts():
             after = part.merged_bias(site, after)
         assert after is not None
-        shifts.append((after - bias).to(weights.master_dtype(bias.dtype)))
+        shifts.append((after - before).to(weights.master_dtype(bias.dtype)))
     return rule(shifts, [w for w, _ in here]) if any(shift.any() for shift in shifts) else None
 
 
