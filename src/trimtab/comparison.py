@@ -31,16 +31,25 @@ PASSES = 30  # of which the fastest is the latency
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: its recipe, and the file that holds it."""
+    """One training, of one method."""
 
-    method: str
-    rate: float
-    seed: int
     recipe: Recipe
 
     @property
     def name(self) -> str:
         return self.recipe.output.name
+
+    @property
+    def method(self) -> str:
+        return str(self.recipe.methods[0]["name"])
+
+    @property
+    def rate(self) -> float:
+        return float(self.recipe.training["learning_rate"])
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def trials(recipe: Recipe, methods: Iterable[str], tries: int, seeds: Sequence[i
             for seed in seeds:
                 training = {**recipe.training, "learning_rate": one, "seed": seed}
                 changed = {"method": settings, "training": training, "output": folder / f"{method}-{one:g}-{seed}"}
-                found.append(Trial(method, one, seed, recipe.model_copy(update=changed)))
+                found.append(Trial(recipe.model_copy(update=changed)))
     return found
 
 
@@ -153,7 +162,7 @@ def compare(
     metrics = _metrics(done)
     split = "test" if "test" in metrics else "validation"
     before = metrics["untrained"][split][task.metric]
-    baseline = {"before training": before, "always the commonest class": metrics["majority"][split].get(task.metric)}
+    baseline = {"before training": before, "without a model": metrics["majority"][split].get(task.metric)}
     found = Comparison(task.metric, task.higher_is_better, split, metrics["rows"][split], baseline, rows)
     (folder / "comparison.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(page(found), encoding="utf-8")

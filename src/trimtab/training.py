@@ -180,7 +180,7 @@ def _written(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if not isinstance(error, OSError) and not any(words in reason for words in NOT_WRITTEN):
             raise
         raise CheckpointError(
