@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Self
 from ..adapter import HEADS, TaskType
 from ..errors import DataError, did_you_mean
 from . import collection, columns, models
+from .classification import Classification, classes, likely, numbers
 from .collection import Media
 from .columns import Cells, Say
 from .models import Quantization
 from .paths import Source
 from .task import Data, Piece, Task
-from .text_classification import accuracy, classes, classifier, commonest, likely, no_classes, numbers
 from .token_classification import IGNORED, padded
 
 BATCH = 16  # files that are predicted at a time
@@ -85,30 +85,19 @@ class MediaTask(Task):
 
 
 @dataclass(frozen=True)
-class MediaClassification(MediaTask):
-    """A file to one of several classes; `labels` are their names in the order of the model's outputs."""
+class MediaClassification(Classification, MediaTask):
+    """A file to one of several classes."""
 
     usual: ClassVar[dict[str, tuple[str, ...]]] = {
         "file": ("file", "file_name", "filename", "image", "img", "audio", "path", "filepath", "id"),
         "label": ("label", "labels", "class", "category", "target", "name"),
     }
-    answer: ClassVar[str] = "label"
-    metric: ClassVar[str] = "accuracy"
     useless: ClassVar[frozenset[str]] = MediaTask.useless - {"class_weights"}
-
-    labels: list[str]
-
-    @classmethod
-    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
-        return no_classes(names["label"], found[names["label"]])
 
     @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
         labels = classes(cells["train"]["label"], data)
         return cls(names, cls.load_reader(model), labels)
-
-    def head(self) -> dict[str, Any]:
-        return classifier(self.labels)
 
     def load_model(self, model: str, quantization: Quantization) -> tuple[Any, list[str]]:
         """The head is trained also where the model brings one of as many classes: they need not be the same."""
@@ -129,13 +118,6 @@ class MediaClassification(MediaTask):
         import torch
 
         return {**self.batch(row["file"] for row in rows), "labels": torch.tensor([row["labels"] for row in rows])}
-
-    def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:
-        scores = evaluation.predictions[0] if isinstance(evaluation.predictions, tuple) else evaluation.predictions
-        return accuracy(evaluation.label_ids, scores.argmax(-1))
-
-    def baseline(self, train: Any, rows: Any) -> dict[str, float]:
-        return commonest(train, rows)
 
     def example(self) -> dict[str, Any]:
         return self.features(self.noise())

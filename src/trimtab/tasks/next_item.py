@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Self
 from ..adapter import TaskType
 from ..errors import DataError
 from . import columns, models
+from .classification import classifier
 from .cleaning import Reason
 from .columns import Cells, Say
 from .identifiers import IdentifierTask
 from .task import Data, Piece
-from .text_classification import classifier
 
 TOP = 10
 

@@ -47,6 +47,11 @@ class TextTask(Task):
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return dict(self.reader.pad(rows, return_tensors="pt"))
 
+    def example(self) -> dict[str, Any]:
+        texts = [" ".join(WORDS[:n]) for n in range(1, len(WORDS) + 1)]
+        pairs = texts[::-1] if "text_pair" in self.names else None
+        return dict(self.reader.pad(self.tokenized(texts, pairs), return_tensors="pt"))
+
     def batches(self, inputs: Sequence[Any], size: int = 32) -> Iterator[Sequence[Any]]:
         return (inputs[start : start + size] for start in range(0, len(inputs), size))
 

@@ -1,42 +1,31 @@
 """Text classification: one text, or a pair of them, to one of several classes."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from ..adapter import TaskType
-from ..errors import DataError
+from .classification import Classification, classes, likely, numbers
 from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece
-from .text import WORDS, TextTask
+from .text import TextTask
 
 
 @dataclass(frozen=True)
-class TextClassification(TextTask):
-    """`labels` are the class names in the order of the model's outputs."""
-
+class TextClassification(Classification, TextTask):
     usual: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("text", "sentence", "review", "content", "document", "sentence1", "premise", "question1", "question"),
         "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
         "label": ("label", "labels", "class", "category", "sentiment", "polarity", "target", "intent", "topic"),
     }
     optional: ClassVar[frozenset[str]] = frozenset({"text_pair"})
-    answer: ClassVar[str] = "label"
     reads: ClassVar[frozenset[str]] = TextTask.reads | {"augment"}
     augmented: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     drops: ClassVar[frozenset[Reason]] = TextTask.drops | {"conflicting"}
     task_type: ClassVar[TaskType] = TaskType.SEQ_CLS
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
-    metric: ClassVar[str] = "accuracy"
     useless: ClassVar[frozenset[str]] = frozenset()
-
-    labels: list[str]
-
-    @classmethod
-    def unsuited(cls, found: Any, names: dict[str, str]) -> str:
-        return no_classes(names["label"], found[names["label"]])
 
     @classmethod
     def fitted(cls, cells: dict[str, Cells], names: dict[str, str], data: Data, model: str) -> Self:
@@ -46,9 +35,6 @@ class TextClassification(TextTask):
 
     def too_long(self, cells: Cells) -> set[int]:
         return self.longer(cells["text"], cells.get("text_pair"))
-
-    def head(self) -> dict[str, Any]:
-        return classifier(self.labels)
 
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         import datasets
@@ -61,18 +47,6 @@ class TextClassification(TextTask):
     def show(self, row: dict[str, Any]) -> list[Piece]:
         return [(self.reader.decode(row["input_ids"]), False), (self.labels[row["labels"]], True)]
 
-    def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:
-        scores = evaluation.predictions[0] if isinstance(evaluation.predictions, tuple) else evaluation.predictions
-        return accuracy(evaluation.label_ids, scores.argmax(-1))
-
-    def baseline(self, train: Any, rows: Any) -> dict[str, float]:
-        return commonest(train, rows)
-
-    def example(self) -> dict[str, Any]:
-        texts = [" ".join(WORDS[:n]) for n in range(1, len(WORDS) + 1)]
-        pairs = texts[::-1] if "text_pair" in self.names else None
-        return dict(self.reader.pad(self.tokenized(texts, pairs), return_tensors="pt"))
-
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """For each text, or pair of them, the probability of each class."""
         found: list[dict[str, Any]] = []
@@ -80,63 +54,3 @@ class TextClassification(TextTask):
             batch = self.tokenized(list(texts), padding=True, return_tensors="pt")
             found += likely(self.labels, model, batch)
         return found
-
-
-def classes(labels: list[str], data: Data) -> list[str]:
-    """The classes of the training rows: numbers by size, words by the alphabet. Raises: DataError."""
-    known = set(labels)
-    if len(known) < 2:
-        raise DataError(f"{data.train} has one class only, {known.pop()!r}: there is nothing to tell apart.")
-    if reason := no_classes(data.train, labels):
-        raise DataError(reason)
-    return sorted(known, key=lambda label: (0, int(label), "") if _is_whole(label) else (1, 0, label))
-
-
-def numbers(labels: Iterable[str], classes: list[str], split: str) -> list[int]:
-    """The classes' numbers. Raises: DataError, where a label is none of them."""
-    known = {label: i for i, label in enumerate(classes)}
-    try:
-        return [known[label] for label in labels]
-    except KeyError as error:
-        raise DataError(f"{split}: the label {error} is none that was trained on: {', '.join(classes[:12])}.") from None
-
-
-def no_classes(where: Any, labels: Sequence[Any]) -> str:
-    """Why these are no classes: most are there only once. Else ''."""
-    known = len({str(label) for label in labels})
-    many = known > 20 and known > len(labels) / 2
-    return f"{where} has {known} labels in {len(labels)} rows: no classes." if many else ""
-
-
-def _is_whole(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()
-
-
-def classifier(labels: list[str]) -> dict[str, Any]:
-    """What the config of a model is told of its classes."""
-    ids = {label: i for i, label in enumerate(labels)}
-    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
-
-
-def accuracy(truth: Any, guess: Any) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score
-
-    macro = f1_score(truth, guess, average="macro", zero_division=0)
-    return {"accuracy": float(accuracy_score(truth, guess)), "f1_macro": float(macro)}
-
-
-def commonest(train: Any, rows: Any) -> dict[str, float]:
-    """The scores of always guessing the class that most training rows have."""
-    [(label, _)] = Counter(train["labels"]).most_common(1)
-    return accuracy(rows["labels"], [label] * len(rows))
-
-
-def likely(labels: list[str], model: Any, batch: Any) -> list[dict[str, Any]]:
-    """For each row of a batch the likeliest class, and the probability of each."""
-    import torch
-
-    with torch.inference_mode():
-        scores = model.eval()(**{name: value.to(model.device) for name, value in batch.items()}).logits
-    rows = scores.float().softmax(-1).tolist()
-    named = [dict(zip(labels, row, strict=True)) for row in rows]
-    return [{"label": max(row, key=row.__getitem__), "probabilities": row} for row in named]

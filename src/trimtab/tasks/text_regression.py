@@ -11,7 +11,7 @@ from . import columns
 from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece
-from .text import WORDS, TextTask
+from .text import TextTask
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,6 @@ class TextRegression(TextTask):
     def baseline(self, train: Any, rows: Any) -> dict[str, float]:
         """Of always guessing the mean."""
         return errors([self.units(z) for z in rows["labels"]], [self.mean] * len(rows))
-
-    def example(self) -> dict[str, Any]:
-        texts = [" ".join(WORDS[:n]) for n in range(1, len(WORDS) + 1)]
-        pairs = texts[::-1] if "text_pair" in self.names else None
-        return dict(self.reader.pad(self.tokenized(texts, pairs), return_tensors="pt"))
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """For each text, or pair of them, a number."""

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Self
 from ..adapter import TaskType
 from ..errors import DataError
 from . import columns, rows
+from .classification import classifier, numbers
 from .cleaning import Reason
 from .columns import Cells, Say
 from .task import Data, Piece
 from .text import WORDS, TextTask
-from .text_classification import classifier, numbers
 
 IGNORED = -100  # PyTorch's label of what no loss is of
 

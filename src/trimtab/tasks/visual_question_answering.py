@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Self
 
 from ..errors import ConfigError, DataError
 from . import collection, columns, models
+from .classification import accuracy, classes, commonest
 from .columns import Cells, Say
 from .image import ImageTextTask
 from .media import BATCH, MediaClassification
 from .task import Data, Piece
 from .text import WORDS, TextTask
-from .text_classification import accuracy, classes, commonest
 
 
 @dataclass(frozen=True)
