@@ -17,12 +17,12 @@ SOURCE = Path(trimtab.__file__).parent
 # A folder is one entry: what happens inside it only has to be free of cycles.
 LAYERS = [
     {"errors"},
-    {"files", "weights", "recipe_file"},
+    {"files", "weights", "recipe_file", "rows"},
     {"adapter"},
     {"sites"},
     {"targets"},
     {"attach", "caches"},
-    {"prompts", "learning"},
+    {"prompts", "learning", "routing"},
     {"tokens"},
     {"methods", "merge", "hf_format"},
     {"arithmetic"},

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from . import files, weights
 from .errors import CheckpointError, ConfigError, MergeError, did_you_mean
+from .rows import Group, Rows
 
 
 class TaskType(StrEnum):
@@ -53,6 +54,7 @@ class Adapter(nn.Module):
     """
 
     replacement: nn.Module | None
+    on_input: ClassVar[bool] = False  # whether it is an `InputAdapter`
     dropout: float = 0.0  # probability; 0 where the method has none
     rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
     adjusted: ClassVar[frozenset[str]] = frozenset()  # settings of another one that `state_of` makes up for
@@ -73,6 +75,15 @@ class Adapter(nn.Module):
     def after(self, site: nn.Module, x: Any, y: Any) -> Any:
         """The output in place of y; x is what came in, before `before`."""
         return y
+
+    def joins(self, site: nn.Module) -> bool:
+        """Whether `after_groups` does it at this site: `before` and `replacement` are then not asked."""
+        return False
+
+    @classmethod
+    def after_groups(cls, site: nn.Module, members: list[tuple[Any, Group]], x: Any, y: Any, rows: Rows) -> Any:
+        """`after` for several adapters of this class at once, each on the rows of its group of the batch x, y."""
+        raise NotImplementedError
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         """The weight (out, in, *kernel) with this adapter folded in.
@@ -174,6 +185,7 @@ class InputAdapter(Adapter):
         outputs(site, given, f(**inputs(site, given)))
     """
 
+    on_input: ClassVar[bool] = True
     hf_wraps: ClassVar[bool] = False
     hf_flat: ClassVar[bool] = False  # its keys in HF PEFT's files have no module's name before them
     alone: ClassVar[bool] = False  # only one adapter with such a part can act at a time

@@ -180,12 +180,13 @@ def _set_learning(module: nn.Module, learns: bool) -> None:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base's own outputs inside the block: no adapter acts, none is trained."""
-    own = trunk(model)
-    names, own.active.names = own.active.names, ()
+    active = trunk(model).active
+    before = active.names, active.rows
+    active.names, active.rows = (), None
     try:
         yield
     finally:
-        own.active.names = names
+        active.names, active.rows = before
 
 
 def delete(model: nn.Module, name: str) -> None:

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapter import PeftConfig
 from .attach import Trunk, trunk
+from .rows import BASE
 
 
 class Listener:
@@ -69,7 +70,9 @@ class Listener:
         self.asked = self.added = False
 
     def _training(self) -> list[tuple[str, PeftConfig]]:
-        named = [(name, self.own.configs[name]) for name in self.own.active.names]
+        active = self.own.active
+        acting = [name for name in active.rows.groups if name != BASE] if active.rows else active.names
+        named = [(name, self.own.configs[name]) for name in acting]
         return [(name, config) for name, config in named if not config.inference_mode]
 
 

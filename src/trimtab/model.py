@@ -14,6 +14,7 @@ from .adapter import PeftConfig
 from .attach import trunk
 from .errors import AdapterError, CheckpointError, did_you_mean
 from .methods.union import UnionConfig
+from .routing import Routed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -104,7 +105,7 @@ class LayerStatus:
     devices: dict[str, list[str]]
 
 
-class PeftModel(sites.Swapped, nn.Module):
+class PeftModel(Routed):
     """Mixed into the class of a model with adapters; names and arguments are HF PEFT's.
 
     It is never instantiated: `get_peft_model` and `PeftModel.from_pretrained` change the class of your model, which
@@ -116,7 +117,8 @@ class PeftModel(sites.Swapped, nn.Module):
     @classmethod
     def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
         """`type(model).from_pretrained` stays the original's, which loads base models."""
-        return {"from_pretrained": original.from_pretrained} if hasattr(original, "from_pretrained") else {}
+        own = {"from_pretrained": original.from_pretrained} if hasattr(original, "from_pretrained") else {}
+        return own | super().namespace(original)
 
     @classmethod
     def from_pretrained(

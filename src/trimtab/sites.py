@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from . import weights
 from .adapter import Adapter, InputAdapter
-from .errors import TargetError
+from .errors import AdapterError, TargetError
+from .rows import Group, Rows
 
 
 class Active:
@@ -26,6 +27,7 @@ class Active:
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()  # in the order in which they nest
         self.merged: tuple[str, ...] = ()  # folded into the weights, so they act without being called
+        self.rows: Rows | None = None  # in place of `names`: which one acts on each row of the batch
 
 
 class Swapped:
@@ -34,6 +36,7 @@ class Swapped:
     _original: ClassVar[type[nn.Module]]  # the class to go back to
     _mixin: ClassVar[type["Swapped"]]
     more: ClassVar[tuple[str, ...]] = ()  # arguments that forward takes beside those of the module
+    outermost: ClassVar[bool] = False  # whether it stays in front of mixins that come later
 
     @classmethod
     def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -104,7 +107,9 @@ def _with_more(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.
 
 
 def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
-    _change_class(module, _generated(mixin, type(module)))
+    mixins, original = lineage(type(module))
+    ordered = sorted((*mixins, mixin), key=lambda one: one.outermost)
+    _change_class(module, functools.reduce(lambda cls, one: _generated(one, cls), ordered, original))
 
 
 def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
@@ -155,6 +160,11 @@ class AnySite(Swapped, nn.Module):
             on_input: those that act on the arguments by name, instead of those that act around the call.
         """
         held, active = adapters(self)._modules, self._active
+        if active.rows is not None and any(name in held for name in active.rows.groups):
+            raise AdapterError(
+                f"A {type(self).__name__} reads its adapters' weights or takes other arguments for them, which is "
+                "possible for one adapter at a time only, not for each row another. Leave it out of the adapters."
+            )
         names = [name for name in active.names if name in held and name not in active.merged]
         stack = [part for name in names for part in cast(Adapter, held[name]).parts()]
         return [adapter for adapter in stack if isinstance(adapter, InputAdapter) == on_input]
@@ -165,11 +175,12 @@ class Site(AnySite):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = super().forward
+        if self._active.rows is not None:
+            return self._by_rows(self._active.rows, call, args, kwargs)
         stack = self.acting()
         if not stack:
             return call(*args, **kwargs)
-        # By keyword the input is the first parameter, or where that is left out whatever is given.
-        name = next((name for name in (*self._arguments[:1], *kwargs) if name in kwargs), None)
+        name = self._by_name(args, kwargs)
         x = args[0] if args else kwargs.pop(name) if name else None
         for adapter in stack:
             if adapter.replacement is not None:
@@ -185,6 +196,23 @@ class Site(AnySite):
         for adapter in stack:
             y = adapter.after(self, inputs.pop(), y)
         return y
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The input's name where it is given by keyword: the first parameter, or where that is left out any."""
+        return None if args else next((name for name in (*self._arguments[:1], *kwargs) if name in kwargs), None)
+
+    def _by_rows(self, rows: Rows, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self._by_name(args, kwargs)
+        x = args[0] if args else kwargs.pop(name) if name else None
+
+        def call(x: Any, group: Group | None = None, module: nn.Module | None = None) -> Any:
+            run = own if module is None else module
+            others, named = (args[1:], kwargs) if group is None else rows.of(group, (args[1:], kwargs))
+            if args:
+                return run(x, *others, **named)
+            return run(**{name: x}, **named) if name else run()
+
+        return rows.through(self, adapters(self)._modules, call, x)
 
 
 class InputSite(AnySite):

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from .. import weights
 from ..adapter import Adapter
 from ..errors import CheckpointError, ConfigError, MergeError, TargetError, did_you_mean
-from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value, shared
+from ..rows import Group, Rows
+from ..targets import TargetConfig, check_patterns, is_linear, pattern_name, pattern_value, shared
 from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
 from .dora import Magnitude
@@ -110,6 +111,22 @@ class LoraAdapter(Adapter):
         y = y if self.bias is None else self.bias.add(site, y)
         return y if self.invocation is None else self.invocation.select(base, y)
 
+    def joins(self, site: nn.Module) -> bool:
+        others = (self.magnitude, self.start, self.invocation, self.bias)
+        return type(self) is LoraAdapter and is_linear(site) and all(other is None for other in others)
+
+    @classmethod
+    def after_groups(
+        cls, site: nn.Module, members: list[tuple["LoraAdapter", Group]], x: Tensor, y: Tensor, rows: Rows
+    ) -> Tensor:
+        """Ranks are filled up with zeros to the next power of two; those of one such rank make one batched product."""
+        ranks: dict[int, list[tuple[LoraAdapter, Group]]] = {}
+        for adapter, group in members:
+            ranks.setdefault(1 << (len(adapter.A) - 1).bit_length(), []).append((adapter, group))
+        for rank, found in ranks.items():
+            y = _add_products(site, rank, found, x, y, rows)
+        return y
+
     def _product(self, site: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """s B A x."""
         return weights.mix(site, weights.linear(site, x, A) * self.scale, B.flatten(1))
@@ -172,6 +189,37 @@ class LoraAdapter(Adapter):
         if name == "magnitude.value":
             return "lora_magnitude_vector"
         return f"lora_embedding_{name}" if self.embeds else f"lora_{name}.weight"
+
+
+def _add_products(
+    site: nn.Module, rank: int, members: list[tuple[LoraAdapter, Group]], x: Tensor, y: Tensor, rows: Rows
+) -> Tensor:
+    """y + s B A x with the A, B and s of each row's adapter; x (rows, ..., in), y (rows, ..., out)."""
+    units = rows.units(tuple(group.name for _, group in members))
+    if any(adapter.dropout and adapter.training for adapter, _ in members):
+        parts = []
+        for adapter, group in members:
+            with rows.turn(group):
+                parts.append(F.dropout(rows.of(group, x), adapter.dropout, adapter.training))
+        x = rows.joined([group for _, group in members], parts)
+    elif units.rows is not None:
+        x = x[units.rows.to(x.device)]
+    key = id(site), rank, x.dtype
+    stacked = None if torch.is_grad_enabled() else rows.kept.get(key)
+    if stacked is None:
+        A = torch.stack([F.pad(one.A, (0, 0, 0, rank - len(one.A))) for one, _ in members]).to(x.dtype)
+        B = torch.stack([F.pad(one.B, (0, rank - len(one.A))) for one, _ in members]).to(x.dtype)
+        s = torch.tensor([one.scale for one, _ in members], dtype=x.dtype, device=x.device).view(-1, 1, 1)
+        stacked = A, B, s
+        if units.slots is not None:
+            A, B, s = stacked = tuple(part[units.slots.to(x.device)] for part in stacked)
+        if not torch.is_grad_enabled():
+            rows.kept[key] = stacked
+    A, B, s = stacked
+    low = torch.bmm(torch.bmm(x.reshape(units.count, -1, x.shape[-1]), A.mT) * s, B.mT).to(y.dtype)
+    if units.rows is None:
+        return y + low.view(y.shape)
+    return y.index_add(0, units.rows.to(y.device), low.view(-1, *y.shape[1:]))
 
 
 class LoraConfig(TargetConfig):

@@ -1,0 +1,249 @@
+"""A different adapter for each row of one batch.
+
+At a site every adapter gets the rows that are its own, and the site's own computation runs once on all of them. A
+method can do its part for several adapters at once (`Adapter.after_groups`); the others take turns.
+
+Rows are the first dimension of what a module gets and gives. Where there is one row for all (positions, mostly), it is
+taken for each; where rows and tokens are one dimension, as in OPT, they are taken apart. Any other number is refused,
+since nothing tells whose it would be.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import AdapterError
+
+BASE = "__base__"  # HF PEFT's name for rows that no adapter acts on
+
+
+class Call(Protocol):
+    """A site's own computation, or that of the module in its place, on the whole batch or on one group of it."""
+
+    def __call__(self, x: Any, group: "Group | None" = None, module: nn.Module | None = None) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows that have one adapter."""
+
+    name: str
+    rows: tuple[int, ...]
+    length: int | None = None  # of these rows, where the batch is longer: what is behind it is padding
+
+    @functools.cached_property
+    def span(self) -> slice | None:
+        """The rows, where they follow each other."""
+        first, size = self.rows[0], len(self.rows)
+        return slice(first, first + size) if self.rows == tuple(range(first, first + size)) else None
+
+
+@dataclass(frozen=True)
+class Units:
+    """How rows of several groups lie as one tensor of equal blocks, each of one group."""
+
+    rows: Tensor | None  # which they are, in their order; None for the whole batch
+    count: int
+    slots: Tensor | None  # the group of each block; None where that is the order of the groups
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the groups mean at one site."""
+
+    together: list[list[tuple[Any, Group]]]  # adapters of one kind, which are done at once
+    apart: list[tuple[list[Any], Group]]  # in turns: each a stack, as of adapters that act one after another
+    left: Group | None  # the rows that are not in `apart`
+
+    @property
+    def groups(self) -> list[Group]:
+        """Those of `apart`, and what they leave."""
+        return [*(group for _, group in self.apart), *([self.left] if self.left else [])]
+
+
+class Rows:
+    """The adapter of each row of a batch, by name. One object serves any number of batches of such rows."""
+
+    def __init__(
+        self, names: Sequence[str], lengths: Mapping[str, int] | None = None, generating: bool = False
+    ) -> None:
+        """lengths: of the rows of each name, in a batch that is padded at its end to the longest.
+
+        generating: whether a batch may have each of the rows several times.
+        """
+        self.names, self.generating = tuple(names), generating
+        self.length = max(lengths.values()) if lengths else None
+        known = lengths or {}
+        where = {name: tuple(row for row, own in enumerate(names) if own == name) for name in dict.fromkeys(names)}
+        self.groups = {name: Group(name, rows, known.get(name)) for name, rows in where.items()}
+        self.tokens: set[int] = set()  # how long the rows of the batch at hand are, as far as that is known
+        self.kept: dict[Any, Any] = {}  # what methods make of their weights, for more calls without gradients
+        self._plans: dict[int, Plan] = {}
+        self._units: dict[tuple[str, ...], Units] = {}
+        self._repeated: dict[int, Rows] = {1: self}
+
+    def repeated(self, times: int) -> "Rows":
+        """Each row so many times in turn, as `generate` has them for beams."""
+        if times not in self._repeated:
+            self._repeated[times] = Rows([name for name in self.names for _ in range(times)])
+        return self._repeated[times]
+
+    def turn(self, group: Group) -> contextlib.AbstractContextManager[None]:
+        """Around what is done for one group alone."""
+        return contextlib.nullcontext()
+
+    def through(self, site: nn.Module, held: Mapping[str, Any], call: Call, x: Any) -> Any:
+        """The site's output, each row's under its own adapter. `held` are the adapters at the site, by name."""
+        plan = self._plans.get(id(site)) or self._plans.setdefault(id(site), self._plan(site, held))
+        if not plan.together and not plan.apart:
+            return call(x)
+        if isinstance(x, Tensor) and x.dim():
+            batch, here = len(self.names), len(x)
+            if x.dim() == 1 and here in self.tokens and here != batch:
+                x = x[None]
+            if len(x) == 1:
+                x = x.expand(batch, *x.shape[1:])
+            elif x.dim() == 2 and here % batch == 0 and here // batch in self.tokens - {1}:
+                flat = _flat(call)
+                return self.through(site, held, flat, x.unflatten(0, (batch, -1))).flatten(0, 1)
+        self.check(site, x)
+        y = self._apart(site, plan, call, x) if plan.apart else call(x)
+        self.check(site, y)
+        for members in plan.together:
+            y = type(members[0][0]).after_groups(site, members, x, y, self)
+        return y
+
+    def _plan(self, site: nn.Module, held: Mapping[str, Any]) -> Plan:
+        together: dict[type, list[tuple[Any, Group]]] = {}
+        apart: list[tuple[list[Any], Group]] = []
+        for name, group in self.groups.items():
+            stack = [part for part in held[name].parts() if not part.on_input] if name in held else []
+            if len(stack) == 1 and stack[0].joins(site):
+                together.setdefault(type(stack[0]), []).append((stack[0], group))
+            elif stack:
+                apart.append((stack, group))
+        taken = {row for _, group in apart for row in group.rows}
+        left = tuple(row for row in range(len(self.names)) if row not in taken)
+        return Plan(list(together.values()), apart, Group(BASE, left, self.length) if left else None)
+
+    def _apart(self, site: nn.Module, plan: Plan, call: Call, x: Any) -> Any:
+        own = [self.of(group, x) for group in plan.groups]
+        inputs = [[part] for part in own]  # what each adapter of a group's stack gets, from the last to the first
+        for (stack, group), found in zip(plan.apart, inputs, strict=False):
+            with self.turn(group):
+                for adapter in reversed(stack):
+                    found.append(adapter.before(site, found[-1]))
+        ready = [found.pop() if len(found) > 1 else found[0] for found in inputs]
+        modules = [next((part.replacement for part in stack if part.replacement), None) for stack, _ in plan.apart]
+        if any(modules):
+            modules += [None] * (len(ready) - len(modules))
+            given = zip(ready, plan.groups, modules, strict=True)
+            outputs = [call(part, group, module) for part, group, module in given]
+        else:
+            same = all(after is before for after, before in zip(ready, own, strict=True))
+            y = call(x if same else self.joined(plan.groups, ready))
+            self.check(site, y)
+            outputs = [self.of(group, y) for group in plan.groups]
+        for number, (stack, group) in enumerate(plan.apart):
+            with self.turn(group):
+                for adapter in stack:
+                    outputs[number] = adapter.after(site, inputs[number].pop(), outputs[number])
+        return self.joined(plan.groups, outputs)
+
+    def of(self, group: Group, value: Any) -> Any:
+        """What is a group's in a tensor, or in the tensors in tuples, lists and mappings."""
+        if not isinstance(value, Tensor):
+            return _zipped(lambda part: self.of(group, part), value)
+        if value.dim() == 0 or len(value) != len(self.names):
+            return value
+        own = value[group.span] if group.span else value[torch.tensor(group.rows, device=value.device)]
+        shorter = group.length != self.length and self._has_length(value)
+        return own[:, : group.length] if shorter else own
+
+    def joined(self, groups: Sequence[Group], parts: Sequence[Any]) -> Any:
+        """Of what the groups have, which are all rows together, one batch in the order of its rows."""
+        first = parts[0]
+        if not isinstance(first, Tensor):
+            return _zipped(lambda *found: self.joined(groups, found), *parts)
+        if first.dim() == 0 or len(first) != len(groups[0].rows):
+            return first
+        if self.length is not None:
+            parts = [self._lengthened(group, part) for group, part in zip(groups, parts, strict=True)]
+        order = [row for group in groups for row in group.rows]
+        whole = torch.cat([part.to(first.dtype) for part in parts])
+        if order == sorted(order):
+            return whole
+        return whole[torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=whole.device)]
+
+    def _has_length(self, value: Tensor) -> bool:
+        """Whether the second dimension is the length: of ids (B, T) and features (B, T, n), not of values (B, n)."""
+        return value.dim() > 2 or (value.dim() == 2 and not value.is_floating_point())
+
+    def _lengthened(self, group: Group, part: Tensor) -> Tensor:
+        if group.length == self.length or not self._has_length(part) or part.shape[1] != group.length:
+            return part
+        assert self.length is not None
+        return F.pad(part, (*[0, 0] * (part.dim() - 2), 0, self.length - part.shape[1]))
+
+    def units(self, names: tuple[str, ...]) -> Units:
+        """The rows of these groups in blocks: as few as have one group each."""
+        return self._units.get(names) or self._units.setdefault(names, self._blocks(names))
+
+    def _blocks(self, names: tuple[str, ...]) -> Units:
+        slot = {row: number for number, name in enumerate(names) for row in self.groups[name].rows}
+        rows = sorted(slot)
+        size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(rows, slot.__getitem__)))
+        slots = [slot[row] for row in rows[::size]]
+        return Units(
+            None if len(rows) == len(self.names) else torch.tensor(rows),
+            len(slots),
+            None if slots == list(range(len(names))) else torch.tensor(slots),
+        )
+
+    def check(self, site: nn.Module, value: Any) -> None:
+        """Raise an AdapterError where the rows are not what comes first."""
+        found = next((part for part in _parts(value) if isinstance(part, Tensor)), None)
+        if found is None or found.dim() == 0 or len(found) != len(self.names):
+            what = "no tensor" if found is None else f"one of shape {tuple(found.shape)}"
+            raise AdapterError(
+                f"Adapters are chosen for {len(self.names)} rows, and a {type(site).__name__} with an adapter gets or "
+                f"gives {what}: which of it is whose cannot be told. Leave such modules out (exclude_modules), or use "
+                "one adapter for the whole batch."
+            )
+
+
+def _flat(call: Call) -> Call:
+    """The call for rows and tokens apart, where it is itself for both as one dimension."""
+
+    def flat(x: Tensor, group: Group | None = None, module: nn.Module | None = None) -> Tensor:
+        y: Tensor = call(x.flatten(0, 1), group, module)
+        return y.unflatten(0, x.shape[:2])
+
+    return flat
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def _zipped(change: Callable[..., Any], *values: Any) -> Any:
+    """The change of the parts of containers of one form; anything else as the first has it."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        made = {name: change(*(value[name] for value in values)) for name in first}
+        return type(first)(**made) if type(first) is not dict else made
+    if isinstance(first, tuple | list):
+        return type(first)([change(*parts) for parts in zip(*values, strict=True)])
+    if isinstance(first, Tensor):
+        return change(*values)
+    return first
