@@ -24,7 +24,7 @@ class Routed(Swapped, nn.Module):
     """Mixed into a model with adapters: `forward` and `generate` take the name of an adapter for each row."""
 
     more: ClassVar[tuple[str, ...]] = ("adapter_names",)
-    outermost: ClassVar[bool] = True
+    order: ClassVar[int] = 1
 
     @classmethod
     def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Routed(Swapped, nn.Module):
             values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
             rows = active.rows.repeated(_times(active.rows, values))
             rows.tokens = {value.shape[1] for value in values}
-            with _acting(active, rows, self):
+            with acting(active, rows, self):
                 return super().forward(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ def _times(rows: Rows, values: Sequence[Tensor]) -> int:
 
 
 @contextlib.contextmanager
-def _acting(active: Active, rows: Rows, model: nn.Module) -> Iterator[None]:
+def acting(active: Active, rows: Rows, model: nn.Module) -> Iterator[None]:
     """These rows inside the block, and when layers are computed again in the backward pass."""
     before = active.rows
     active.rows = rows
@@ -130,13 +130,18 @@ def _learning(model: nn.Module) -> bool:
 
 def _remembering(checkpoint: Callable[..., Any], active: Active, rows: Rows) -> Callable[..., Any]:
     def remembering(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-        def again(*args: Any, **kwargs: Any) -> Any:
+        begun, first = rows.begin(), True
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal first
+            around, first = contextlib.nullcontext() if first else rows.again(begun), False
             before, active.rows = active.rows, rows
             try:
-                return function(*args, **kwargs)
+                with around:
+                    return function(*args, **kwargs)
             finally:
                 active.rows = before
 
-        return checkpoint(again, *args, **settings)
+        return checkpoint(run, *args, **settings)
 
     return remembering

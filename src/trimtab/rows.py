@@ -85,6 +85,7 @@ class Rows:
         where = {name: tuple(row for row, own in enumerate(names) if own == name) for name in dict.fromkeys(names)}
         self.groups = {name: Group(name, rows, known.get(name)) for name, rows in where.items()}
         self.tokens: set[int] = set()  # how long the rows of the batch at hand are, as far as that is known
+        self.turning = False  # whether something is done for one group alone, just now
         self.kept: dict[Any, Any] = {}  # what methods make of their weights, for more calls without gradients
         self._plans: dict[int, Plan] = {}
         self._units: dict[tuple[str, ...], Units] = {}
@@ -98,6 +99,14 @@ class Rows:
 
     def turn(self, group: Group) -> contextlib.AbstractContextManager[None]:
         """Around what is done for one group alone."""
+        return contextlib.nullcontext()
+
+    def begin(self) -> Any:
+        """What `again` needs to compute the same once more."""
+        return None
+
+    def again(self, begun: Any) -> contextlib.AbstractContextManager[None]:
+        """Around what is computed a second time, for the backward pass."""
         return contextlib.nullcontext()
 
     def through(self, site: nn.Module, held: Mapping[str, Any], call: Call, x: Any) -> Any:
@@ -165,7 +174,7 @@ class Rows:
         if value.dim() == 0 or len(value) != len(self.names):
             return value
         own = value[group.span] if group.span else value[torch.tensor(group.rows, device=value.device)]
-        shorter = group.length != self.length and self._has_length(value)
+        shorter = group.length != self.length and self._has_length(value) and value.shape[1] == self.length
         return own[:, : group.length] if shorter else own
 
     def joined(self, groups: Sequence[Group], parts: Sequence[Any]) -> Any:
@@ -185,7 +194,7 @@ class Rows:
 
     def _has_length(self, value: Tensor) -> bool:
         """Whether the second dimension is the length: of ids (B, T) and features (B, T, n), not of values (B, n)."""
-        return value.dim() > 2 or (value.dim() == 2 and not value.is_floating_point())
+        return value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point())
 
     def _lengthened(self, group: Group, part: Tensor) -> Tensor:
         if group.length == self.length or not self._has_length(part) or part.shape[1] != group.length:

@@ -36,7 +36,7 @@ class Swapped:
     _original: ClassVar[type[nn.Module]]  # the class to go back to
     _mixin: ClassVar[type["Swapped"]]
     more: ClassVar[tuple[str, ...]] = ()  # arguments that forward takes beside those of the module
-    outermost: ClassVar[bool] = False  # whether it stays in front of mixins that come later
+    order: ClassVar[int] = 0  # those of a higher one are in front, whichever came first
 
     @classmethod
     def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _with_more(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.
 
 def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
     mixins, original = lineage(type(module))
-    ordered = sorted((*mixins, mixin), key=lambda one: one.outermost)
+    ordered = sorted((*mixins, mixin), key=lambda one: one.order)
     _change_class(module, functools.reduce(lambda cls, one: _generated(one, cls), ordered, original))
 
 

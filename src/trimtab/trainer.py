@@ -1,5 +1,6 @@
 """transformers' Trainer for models with adapters, and the one of a run, which stops at the step that shows a fault."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, files
 from .errors import TrainingError
+from .lockstep import Job
 from .model import PeftModel
 from .objective import Objective
 from .optimizers import with_rates
@@ -59,10 +61,12 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         metrics: Callable[[Any, Any], dict[str, float]],
         objective: Objective | None = None,
         rates: Mapping[nn.Parameter, float] | None = None,
+        job: Job | None = None,
         **settings: Any,
     ) -> None:
         """metrics: scores of an EvalPrediction and of the rows that it is of, in their order. objective: what is
-        minimized in place of the model's own loss. rates: how much of the learning rate parameters have, if not all."""
+        minimized in place of the model's own loss. rates: how much of the learning rate parameters have, if not all.
+        job: of several in lockstep, the one that this is."""
         super().__init__(
             compute_metrics=lambda found: metrics(found, self.evaluated),
             compute_loss_func=self._loss if objective else None,
@@ -74,6 +78,9 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         self.evaluated: Any = None
         self.output = output
         self.batch: dict[str, Any] = {}
+        self.job = job
+        if job is not None:
+            self.accelerator.backward = self._backward
         self.remove_callback(transformers.PrinterCallback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -120,7 +127,17 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.batch = dict(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with contextlib.nullcontext() if self.job is None else self.job.step():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._check(loss)
+        return loss
+
+    def _backward(self, loss: Tensor) -> None:
+        self._check(loss)  # before it is one of several
+        assert self.job is not None
+        self.job.backward(loss)
+
+    def _check(self, loss: Tensor) -> None:
         if not math.isfinite(value := loss.item()):
             self._stop(
                 f"The loss is {value}", "a lower training.learning_rate, more training.warmup_ratio, and no fp16"
@@ -129,7 +146,6 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
             self._stop(
                 "The loss is exactly 0, so that nothing is learned", "other labels: those of this batch are ignored"
             )
-        return loss
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **settings: Any) -> Any:
         self.evaluated = dataloader.dataset

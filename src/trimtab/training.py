@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from . import distillation, files, layers, record, run
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
+from .lockstep import Job
 from .model import get_peft_model
 from .objective import Distillation, Objective, class_weights
 from .optimizers import EMBEDDING_LR, loraplus_rates
@@ -57,6 +59,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     augmenters: Sequence[Augmenter] = (),
+    job: Job | None = None,
 ) -> Result:
     """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
 
@@ -71,6 +74,7 @@ def train(
         overwrite: throw such a run away, which otherwise is refused.
         augmenters: each gives one more version of every training text, such as a translation there and back. They are
             called again when a run is gone on with, and must give the same then.
+        job: of several trainings in lockstep, the one that this is (`train_many`).
     Raises:
         DataError, ConfigError, TargetError: before training starts. TrainingError: a loss or gradient that cannot be
         right, weights that do not change, or too little memory. CheckpointError: the saved adapter does not predict
@@ -94,12 +98,13 @@ def train(
     with arguments.main_process_first(local=False):
         last = _unfinished(recipe, resume, overwrite)
     _show_examples(task, rows["train"], say)
-    model = adapted(recipe, task)
+    model = adapted(recipe, task, job)
     trainer = RunTrainer(
         recipe.output,
         task.metrics,
         _objective(recipe, arguments, model, task, rows["train"]),
         _rates(recipe, arguments, model),
+        job,
         model=model,
         args=arguments,
         train_dataset=rows["train"],
@@ -118,6 +123,9 @@ def train(
         _refuse(model, "data.packing", "acts_on_rows", "acts on each row as a whole, which in a block it could not")
         packing.check(model, rows["train"])
     trainer.try_longest(task.length)
+    if job is not None:
+        settings = arguments.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        job.lockstep.join(job, model, settings if arguments.gradient_checkpointing else None)
     held_out = {split: found for split, found in rows.items() if split != "train"}
     before = {split: scores(trainer, found) for split, found in held_out.items()}
     _check_metric(arguments, before["validation"])
@@ -372,9 +380,10 @@ def _try_schedule(arguments: transformers.TrainingArguments) -> None:
     transformers.get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=settings)
 
 
-def adapted(recipe: Recipe, task: Task) -> Any:
+def adapted(recipe: Recipe, task: Task, job: Job | None = None) -> Any:
     """The recipe's model with a new adapter. Raises: ConfigError, TargetError."""
-    model, fresh = run.base(recipe, task)
+    load = partial(run.base, recipe, task)
+    model, fresh = load() if job is None else job.lockstep.load(load)
     if recipe.quantization != "none":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return with_adapter(recipe, task, model, fresh)

@@ -1,0 +1,454 @@
+"""Several trainings over one frozen base, in step: what all of them compute with the base is computed once for all.
+
+Each job is a whole training of its own, in a thread of its own: its model, whose base has everybody's weights, its
+data, Trainer, optimizer, schedule and random numbers. Only one thread runs at a time. Where a job in a training step
+calls a part of the base (a child of its model, such as the encoder or `lm_head`) it waits, until all jobs have come so
+far. Then the part runs once on the rows of all, each under the adapter of its job (rows.py), and each job goes on with
+its own rows of the result: to its own loss, from its own labels. At the backward pass they meet again. What cannot be
+put into one batch with the others each computes for itself.
+
+So a job computes what it would alone. Its random numbers (also those of the base's dropout) are drawn for its rows in
+the shape and order, and from the state, in which they are drawn alone.
+"""
+
+import contextlib
+import copy
+import random
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from accelerate.state import GradientState  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import sites
+from .attach import trunk
+from .draws import OwnDraws, draws, refuse_unknown
+from .errors import ConfigError
+from .routing import acting
+from .rows import Group, Rows
+from .sites import Active, Swapped
+from .targets import is_linear
+
+# Arguments whose second dimension is the length of the rows, and which mask says what of them is padding.
+MASKED = {
+    "input_ids": "attention_mask",
+    "inputs_embeds": "attention_mask",
+    "encoder_hidden_states": "encoder_attention_mask",
+}
+LONG = (*MASKED, *MASKED.values(), "token_type_ids", "position_ids")
+MIXING = ("expert_capacity", "output_router_logits")  # settings by which one row changes what another one gives
+
+
+class Cancelled(BaseException):
+    """Ends a job's thread from within, past all that handles errors."""
+
+
+@dataclass
+class Randomness:
+    """What random numbers of a job are drawn from next, and where its accumulation of gradients is (accelerate's)."""
+
+    torch: Tensor
+    cuda: list[Tensor] | None
+    numpy: Any
+    python: Any
+    gradients: dict[str, Any]
+
+    @classmethod
+    def now(cls) -> "Randomness":
+        gradients = dict(GradientState._shared_state)
+        return cls(*_tensors_state(), np.random.get_state(), random.getstate(), gradients)
+
+    def go_on(self) -> None:
+        _draw_from(self.torch, self.cuda)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+        GradientState._shared_state.clear()
+        GradientState._shared_state.update(self.gradients)
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Random tensors inside the block are this job's."""
+        before = _tensors_state()
+        _draw_from(self.torch, self.cuda)
+        try:
+            yield
+        finally:
+            self.torch, self.cuda = _tensors_state()
+            _draw_from(*before)
+
+
+def _tensors_state() -> tuple[Tensor, list[Tensor] | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+
+def _draw_from(cpu: Tensor, cuda: list[Tensor] | None) -> None:
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@dataclass(eq=False)
+class Call:
+    """A job waits for the result of a part of the base."""
+
+    part: str
+    given: dict[str, Any]
+    autocast: torch.dtype | None
+
+    @property
+    def size(self) -> int:
+        return max(
+            (len(value) for value in self.given.values() if isinstance(value, Tensor) and value.dim()), default=0
+        )
+
+    def form(self) -> Hashable:
+        """Equal for calls that can be put into one batch; None where there is no such other."""
+        found: list[Any] = [self.part, self.autocast]
+        for name, value in self.given.items():
+            if isinstance(value, Tensor):
+                if value.dim() < 2:
+                    return None
+                shape = value.shape[2 if name in LONG else 1 :]
+                found.append((name, value.dtype, value.device, value.dim(), shape, len(value) == self.size))
+            elif value is None or isinstance(value, bool | int | float | str):
+                found.append((name, value))
+            else:
+                return None
+        return tuple(found)
+
+
+@dataclass(eq=False)
+class Backward:
+    """A job waits for the gradients of its loss."""
+
+    loss: Tensor
+
+
+class JobRows(Rows):
+    """The rows of several jobs, one after another, each to be drawn for from its own random numbers."""
+
+    def __init__(self, jobs: Sequence["Job"], sizes: Sequence[int], lengths: Mapping[str, int] | None) -> None:
+        super().__init__([job.name for job, size in zip(jobs, sizes, strict=True) for _ in range(size)], lengths)
+        self.jobs = {job.name: job for job in jobs}
+
+    @contextlib.contextmanager
+    def turn(self, group: Group) -> Iterator[None]:
+        job = self.jobs.get(group.name)
+        if job is None:
+            yield
+            return
+        self.turning = True
+        with job.randomness.drawing():
+            yield
+        self.turning = False
+
+    def begin(self) -> Any:
+        return {name: _tensors_state_of(job) for name, job in self.jobs.items()}
+
+    @contextlib.contextmanager
+    def again(self, begun: Any) -> Iterator[None]:
+        now = self.begin()
+        self._set(begun)
+        with self.drawn():
+            yield
+        self._set(now)
+
+    def _set(self, states: Any) -> None:
+        for name, job in self.jobs.items():
+            job.randomness.torch, job.randomness.cuda = states[name]
+
+    def drawn(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what the base computes: what it draws is drawn job by job, if it draws anything."""
+        some = next(iter(self.jobs.values()))
+        return OwnDraws(self) if some.lockstep.draws else contextlib.nullcontext()
+
+
+def _tensors_state_of(job: "Job") -> tuple[Tensor, list[Tensor] | None]:
+    return job.randomness.torch, job.randomness.cuda
+
+
+@dataclass(eq=False)
+class Job:
+    """One training. `run` is all of it."""
+
+    name: str
+    run: Callable[["Job"], Any]
+    lockstep: "Lockstep"
+    randomness: Randomness
+    result: Any = None
+    error: BaseException | None = None
+    done: bool = False
+    alone: str = ""  # why it computes everything for itself, if it does
+    stepping: bool = False  # whether it is in a training step, in which it meets the others
+    request: Call | Backward | None = None
+    answer: Any = None
+    failure: BaseException | None = None  # to be raised where it waits
+    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def wait(self, request: Call | Backward) -> Any:
+        self.request, self.answer = request, None
+        self.lockstep.idle.release()
+        self.turn.acquire()
+        if self.failure is not None:
+            raise self.failure
+        return self.answer
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the forward and backward pass of a training step."""
+        self.stepping = not self.alone
+        try:
+            yield
+        finally:
+            self.stepping = False
+
+    def backward(self, loss: Tensor) -> None:
+        self.wait(Backward(loss)) if self.stepping else loss.backward()  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class Part:
+    """Answers the calls of a job's part of the base."""
+
+    job: Job
+    name: str
+
+    def __deepcopy__(self, memo: Any) -> "Part":
+        return self
+
+
+class Meeting(Swapped, nn.Module):
+    """A part of a job's base, whose computation is done for all jobs together. Adapters at the part are around it."""
+
+    order: ClassVar[int] = -1
+    _part: Part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        job = self._part.job
+        if not job.stepping or len(args) > len(self._arguments):
+            return super().forward(*args, **kwargs)
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        device = next((value.device.type for value in given.values() if isinstance(value, Tensor)), "cpu")
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        answer = job.wait(Call(self._part.name, given, autocast))
+        return super().forward(*args, **kwargs) if answer is None else answer
+
+
+class Lockstep:
+    """Runs jobs to their ends. What is computed for all is computed in the thread that called `run`."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.idle = threading.Semaphore(0)
+        self.active = Active()
+        self.shared = self.apart = 0  # calls of the base that were computed with others', and by themselves
+        self.base: Any = None  # with the adapters of all jobs, by their names
+        self.fresh: list[str] = []
+        self.draws = False  # whether the base draws random numbers in training
+
+    def run(self, runs: Mapping[str, Callable[[Job], Any]]) -> list[Job]:
+        """All of these, by the names of their jobs. An error of a job is kept in it, and stops no other."""
+        before = Randomness.now()
+        self.jobs = [Job(name, run, self, Randomness.now()) for name, run in runs.items()]
+        for job in self.jobs:
+            threading.Thread(target=self._whole, args=(job,), daemon=True).start()
+        try:
+            ready, waiting = list(self.jobs), list[Job]()
+            while ready:
+                for job in ready:
+                    self._resume(job)
+                waiting = [job for job in self.jobs if not job.done]
+                ready = self._serve(waiting)
+        finally:
+            for job in self.jobs:
+                if not job.done:
+                    job.failure = Cancelled()
+                    self._resume(job)
+            before.go_on()
+        return self.jobs
+
+    def _whole(self, job: Job) -> None:
+        job.turn.acquire()
+        try:
+            if job.failure is None:
+                job.result = job.run(job)
+        except BaseException as error:  # of whatever kind, it is this job's alone
+            job.error = error
+        self._leave(job)
+        job.done = True
+        self.idle.release()
+
+    def _resume(self, job: Job) -> None:
+        """Let a job go on until it waits again, or ends."""
+        job.randomness.go_on()
+        job.turn.release()
+        self.idle.acquire()
+        job.randomness = Randomness.now()
+
+    def load(self, load: Callable[[], tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
+        """A job's own base model with the weights of all, and the names of its new modules, as `load` gives them.
+
+        Raises: ConfigError, where one row of a batch changes what the model makes of another.
+        """
+        if self.base is not None and not self.fresh:
+            return _sharing(self.base), []
+        model, fresh = load()  # new modules are drawn from the job's own random numbers
+        if self.base is None:
+            _check_rows_apart(model)
+            self.base, self.fresh = _sharing(model), fresh
+            for part in list(self.base.modules()):
+                sites.freeze_statistics(part)
+            self.base.requires_grad_(False).train()
+            self.draws = draws(self.base)
+        else:
+            _share(model, self.base)
+        return model, fresh
+
+    def join(self, job: Job, model: Any, checkpointing: dict[str, Any] | None) -> None:
+        """Let the job's model, with its adapter on it, meet the others'. checkpointing: settings, if it is wanted."""
+        if job.alone:
+            return
+        own, modules = trunk(model), dict(self.base.named_modules())
+        parts = {name: part for name, part in model.named_children() if next(part.parameters(), None) is not None}
+        for path, adapter in own.adapters("default").items():
+            if path.partition(".")[0] in parts and "." in path:
+                sites.add(modules[path], modules[path.rpartition(".")[0]], job.name, adapter, self.active)
+        for name, part in parts.items():
+            vars(part)["_part"] = Part(job, name)
+            sites.swap_in(part, Meeting)
+        if checkpointing is not None:
+            self.base.gradient_checkpointing_enable(checkpointing)
+
+    def _leave(self, job: Job) -> None:
+        for site in list(sites.sites(self.base)) if self.base is not None else ():
+            if job.name in sites.adapters(site):
+                sites.remove(site, job.name)
+
+    def _serve(self, waiting: list[Job]) -> list[Job]:
+        """Answer the calls of those that wait, or where all are so far compute their gradients; who can go on."""
+        calls = [job for job in waiting if isinstance(job.request, Call)]
+        forms: dict[Hashable, list[Job]] = {}
+        for job in calls:
+            forms.setdefault(cast(Call, job.request).form() or id(job), []).append(job)
+        for jobs in forms.values():
+            self._answer(jobs)
+        if calls or not waiting:
+            return calls
+        torch.autograd.backward([cast(Backward, job.request).loss for job in waiting])
+        return waiting
+
+    def _answer(self, jobs: list[Job]) -> None:
+        """Compute one part of the base for all of these. Where that fails, each shall try by itself."""
+        self.apart += len(jobs)
+        if len(jobs) == 1:
+            return  # the same, with less to do
+        begun = {job.name: _tensors_state_of(job) for job in jobs}
+        try:
+            answers = self._together(jobs, [cast(Call, job.request) for job in jobs])
+        except Exception:  # whose fault it is will show
+            for job in jobs:
+                job.randomness.torch, job.randomness.cuda = begun[job.name]
+            return
+        self.shared, self.apart = self.shared + len(jobs), self.apart - len(jobs)
+        for job, answer in zip(jobs, answers, strict=True):
+            job.answer = answer
+
+    def _together(self, jobs: list[Job], calls: list[Call]) -> list[Any]:
+        part = self.base.get_submodule(calls[0].part)
+        given = [call.given for call in calls]
+        device = next(value.device for value in given[0].values() if isinstance(value, Tensor))
+        self.base.to(device)
+        autocast = calls[0].autocast
+        with torch.autocast(device.type, autocast, autocast is not None):
+            if is_linear(part) and len(given[0]) == 1:
+                return _flat(part, [next(iter(one.values())) for one in given])
+            sizes = [call.size for call in calls]
+            lengths = [next((one[name].shape[1] for name in MASKED if one.get(name) is not None), 0) for one in given]
+            differ = dict(zip((job.name for job in jobs), lengths, strict=True)) if len(set(lengths)) > 1 else None
+            rows = JobRows(jobs, sizes, differ)
+            rows.tokens = {max(lengths)}
+            arguments = _arguments(given, sizes)
+            with acting(self.active, rows, part), rows.drawn():
+                result = part(**arguments)
+        return _apart(result, sizes, lengths)
+
+
+def _sharing(model: nn.Module) -> Any:
+    """A copy of the model around the same parameters and buffers."""
+    return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
+
+
+def _share(model: nn.Module, base: nn.Module) -> None:
+    """Put the base's parameters in the place of the model's own where they are equal."""
+    known = dict(base.named_parameters())
+    for path, module in model.named_modules():
+        for name, value in module._parameters.items():
+            other = known.get(f"{path}.{name}".removeprefix("."))
+            if value is not None and other is not None and torch.equal(value, other):
+                module._parameters[name] = other
+
+
+def _check_rows_apart(model: Any) -> None:
+    config = getattr(model, "config", None)
+    for setting in MIXING:
+        if getattr(config, setting, None):
+            raise ConfigError(f"{type(model).__name__} has {setting}={getattr(config, setting)}: rows of a batch change "
+                              "each other's results, so jobs cannot share one. Train them one by one.")  # fmt: skip
+    for name, part in model.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+            raise ConfigError(
+                f"{name} takes means over all rows of a batch, so jobs cannot share one. Train them one by one."
+            )
+    refuse_unknown(model)
+
+
+def _flat(part: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """A linear layer acts on each position by itself, so there is nothing to pad."""
+    flat = [value.flatten(0, -2) for value in inputs]
+    found = part(torch.cat(flat)).split([len(value) for value in flat])
+    return [own.view(*value.shape[:-1], -1) for own, value in zip(found, inputs, strict=True)]
+
+
+def _arguments(given: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
+    """The arguments of all calls as those of one, shorter rows padded at their ends and masked."""
+    for name, mask in MASKED.items():
+        found = [one.get(name) for one in given]
+        if found[0] is None or len({value.shape[1] for value in found}) == 1 or given[0].get(mask) is not None:
+            continue
+        for one, value in zip(given, found, strict=True):
+            one[mask] = torch.ones(value.shape[:2], dtype=torch.long, device=value.device)
+    made: dict[str, Any] = {}
+    for name, first in given[0].items():
+        if not isinstance(first, Tensor):
+            made[name] = first
+            continue
+        parts = [one[name].expand(size, *one[name].shape[1:]) for one, size in zip(given, sizes, strict=True)]
+        made[name] = torch.cat(_padded(parts) if name in LONG else parts)
+    return made
+
+
+def _padded(parts: list[Tensor], more: int = 0) -> list[Tensor]:
+    longest = max(part.shape[1] for part in parts) + more
+    return [F.pad(part, (*[0, 0] * (part.dim() - 2), 0, longest - part.shape[1])) for part in parts]
+
+
+def _apart(result: Any, sizes: list[int], lengths: list[int]) -> list[Any]:
+    """Each call's part of a result; caches, which training needs not, are left out."""
+    if isinstance(result, Tensor):
+        if result.dim() == 0 or len(result) != sum(sizes):
+            return [result] * len(sizes)
+        cut = result.dim() == 3 and result.shape[1] == max(lengths)
+        parts = zip(result.split(sizes), lengths, strict=True)
+        return [part[:, :length] if cut and length < max(lengths) else part for part, length in parts]
+    if isinstance(result, Mapping):
+        found = {name: _apart(value, sizes, lengths) for name, value in result.items()}
+        return [type(result)(**{name: parts[i] for name, parts in found.items()}) for i in range(len(sizes))]
+    if isinstance(result, tuple | list):
+        each = [_apart(value, sizes, lengths) for value in result]
+        return [type(result)(parts[i] for parts in each) for i in range(len(sizes))]
+    return [None if hasattr(result, "get_seq_length") else result] * len(sizes)
