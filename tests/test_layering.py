@@ -20,7 +20,7 @@ LAYERS = [
     {"files", "weights", "recipe_file"},
     {"adapter"},
     {"sites"},
-    {"targets"},
+    {"targets", "kernels"},
     {"attach", "caches"},
     {"prompts", "learning"},
     {"tokens"},

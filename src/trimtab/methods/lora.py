@@ -21,9 +21,10 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import weights
+from .. import kernels, weights
 from ..adapter import Adapter
 from ..errors import CheckpointError, ConfigError, MergeError, TargetError, did_you_mean
+from ..sites import AnySite
 from ..targets import TargetConfig, check_patterns, pattern_name, pattern_value, shared
 from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
@@ -98,21 +99,34 @@ class LoraAdapter(Adapter):
             nn.init.zeros_(zero)
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        whole, base = x, y
-        if self.dropout and self.training and not self.embeds:
-            x = F.dropout(x, self.dropout)
-        # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
-        dtype = y.dtype if self.embeds else x.dtype
-        low = self._product(site, x, self.A.to(dtype), self.B.to(dtype)).to(y.dtype)
-        if self.start is not None:
-            low = low - self._product(site, whole, self.start.A.to(dtype), self.start.B.to(dtype)).to(y.dtype)
-        y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, *self._change(), self.scale)
+        base, p = y, self.dropout if self.training else 0.0
+        if (W := self._base_weight(site, x, y)) is not None:
+            y = kernels.adapted(y, x, W, self.A, self.B, self.scale, p)
+        else:
+            low = self._product(site, x, y.dtype, self.A, self.B, p)
+            if self.start is not None:
+                low = low - self._product(site, x, y.dtype, self.start.A, self.start.B)
+            y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, *self._change(), self.scale)
         y = y if self.bias is None else self.bias.add(site, y)
         return y if self.invocation is None else self.invocation.select(base, y)
 
-    def _product(self, site: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """s B A x."""
-        return weights.mix(site, weights.linear(site, x, A) * self.scale, B.flatten(1))
+    def _base_weight(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """W, where y is the base's own output and nobody needs it as it is; else None."""
+        needed = self.start is not None or self.magnitude is not None or self.invocation is not None
+        if needed or not kernels.fits(site, x) or not isinstance(site, AnySite) or site.acting() != [self]:
+            return None
+        return kernels.base_weight(site, x, y)
+
+    def _product(self, site: nn.Module, x: Tensor, dtype: torch.dtype, A: Tensor, B: Tensor, p: float = 0.0) -> Tensor:
+        """s B A drop(x), in the dtype."""
+        if kernels.fits(site, x):
+            return kernels.product(x, A, B, self.scale, p).to(dtype)
+        if p and not self.embeds:
+            x = F.dropout(x, p)
+        # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
+        own = dtype if self.embeds else x.dtype
+        h = weights.linear(site, x, A.to(own)) * self.scale
+        return weights.mix(site, h, B.to(own).flatten(1)).to(dtype)
 
     def _change(self) -> tuple[Tensor, Tensor]:
         """The pair whose product, times s, is added to W: A and B, and where they started elsewhere minus that."""

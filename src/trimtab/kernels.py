@@ -1,0 +1,133 @@
+"""Fast forms of formulas that stand plainly elsewhere: the same values and gradients in fewer passes and less memory.
+
+Each is chosen in one place, by `fits` or `base_weight`. Without this file all would be right, and slower.
+
+The low-rank product s B A drop(x) of LoRA (methods/lora.py) keeps x for the backward pass: the tensor itself, which
+others mostly keep as well, not one that is cast or dropped. The mask of its dropout is drawn again from a seed.
+
+    N = batch x length, i and o: the layer's inputs and outputs, r: the rank
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import weights
+from .sites import lineage
+
+LANES = 2**16  # dropout draws 16 bits for an element, a quarter of the time of PyTorch's floats on a CPU
+
+
+def fits(site: nn.Module, x: Tensor) -> bool:
+    """Whether the low-rank product at this site may be the function below, which knows linear layers in one dtype.
+
+    Compilers, functorch and autocast rewrite formulas, and find none there: they get the plain one.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_floating_point()
+        and not x.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()
+        and not isinstance(site, (nn.Embedding, *weights.CONVOLUTIONS))
+    )
+
+
+def base_weight(site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+    """The W (o, i) where y is known to be W x + b, nobody else's, and W and b are frozen: what `adapted` asks for.
+
+    Only the two forwards that are known are trusted. One of a quantized or user's own layer may keep y.
+    """
+    original = lineage(type(site))[1]
+    if original.forward is not nn.Linear.forward and original.__module__ != "transformers.pytorch_utils":
+        return None
+    W, b = cast(Tensor, site.weight), cast(Tensor | None, site.bias)
+    plain = type(W) in (nn.Parameter, Tensor) and not W.requires_grad and (b is None or not b.requires_grad)
+    if not plain or not x.dtype == y.dtype == W.dtype or type(y) is not Tensor or not y.is_contiguous():
+        return None
+    return W if original.forward is nn.Linear.forward else W.T
+
+
+def product(x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
+    """s B A drop(x) of x (..., i), A (r, i), B (o, r), in x's dtype: (..., o). Gradients have each one's own.
+
+    p is rounded to a multiple of 1 / 65536, and what is kept is divided by 1 - p as rounded: its mean is x's.
+    """
+    return _apply(x, A, B, None, None, scale, p)
+
+
+def adapted(y: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
+    """y = W x + b -> y + s B A drop(x), in place, where W is what `base_weight` gave.
+
+    The gradient of x through W is taken here too: so the two parts of it are added as the second is computed, and y is
+    no node of the graph, of which PyTorch would copy the gradient (it mostly is a view).
+    """
+    return _apply(x, A, B, W, y.detach(), scale, p)
+
+
+def _apply(x: Tensor, A: Tensor, B: Tensor, W: Tensor | None, y: Tensor | None, scale: float, p: float) -> Tensor:
+    # From PyTorch's own generator, so that `manual_seed` and gradient checkpointing reproduce the mask.
+    seed = int(torch.randint(2**63 - 1, ())) if p else 0
+    result: Tensor = _LowRank.apply(x, A, B, W, y, scale, p, seed)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _kept(p: float) -> int:
+    """How many of the lanes keep an element."""
+    return max(1, round((1 - p) * LANES))
+
+
+def _mask(x: Tensor, p: float, seed: int) -> Tensor:
+    """1 where an element of x is kept, else 0; in x's dtype, not divided by 1 - p."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    lanes = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
+    return torch.lt(lanes, _kept(p) - LANES // 2, out=torch.empty_like(lanes, dtype=x.dtype))
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, W: Tensor | None, y: Tensor | None, scale: float, p: float, seed: int
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, i)
+        ctx.scale, ctx.p, ctx.seed = scale * LANES / _kept(p) if p else scale, p, seed
+        h = (_mask(rows, p, seed).mul_(rows) if p else rows) @ A.to(x.dtype).T  # (N, r)
+        grown = B.to(x.dtype).T  # (r, o)
+        if y is None:
+            y = (h * ctx.scale).view(*x.shape[:-1], len(A)) @ grown
+        else:
+            ctx.mark_dirty(y)
+            y.view(-1, len(B)).addmm_(h, grown, alpha=ctx.scale)
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(x if needs_A else None, h if needs_B else None, A, B, W if needs_x else None)
+        return y
+
+    @staticmethod  # PyTorch casts what this gives to the dtype of each input
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, A, B, W = ctx.saved_tensors
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
+        g = grad.reshape(-1, grad.shape[-1])  # (N, o)
+        grad_x = grad_A = grad_B = None
+        if needs_B:
+            grad_B = ((h * ctx.scale).T @ g).T  # (g.T @ h is the same, in three times the time)
+        if needs_x or needs_A:
+            grad_h = (g @ B.to(g.dtype)).mul_(ctx.scale)  # (N, r)
+            mask = _mask(g.new_empty(len(g), A.shape[1]), ctx.p, ctx.seed) if ctx.p else None
+        if needs_A:
+            rows = x.reshape(-1, x.shape[-1])
+            grad_A = grad_h.T @ (rows if mask is None else rows * mask)
+        if needs_x:
+            grad_x = _grad_x(g, grad_h, A.to(g.dtype), W, mask).view(*grad.shape[:-1], A.shape[1])
+        return grad_x, grad_A, grad_B, None, None, None, None, None
+
+
+def _grad_x(g: Tensor, grad_h: Tensor, A: Tensor, W: Tensor | None, mask: Tensor | None) -> Tensor:
+    """(N, i): what came through W, where that is ours to give, and through A."""
+    if W is None:
+        return grad_h @ A if mask is None else mask.mul_(grad_h @ A)
+    own = g @ W
+    return own.addmm_(grad_h, A) if mask is None else own.add_(mask.mul_(grad_h @ A))
