@@ -20,7 +20,7 @@ LAYERS = [
     {"files", "weights", "recipe_file", "rows"},
     {"adapter"},
     {"sites"},
-    {"targets"},
+    {"targets", "kernels"},
     {"attach", "caches"},
     {"prompts", "learning", "routing"},
     {"tokens", "draws"},

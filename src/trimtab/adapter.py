@@ -81,8 +81,14 @@ class Adapter(nn.Module):
         return False
 
     @classmethod
-    def after_groups(cls, site: nn.Module, members: list[tuple[Any, Group]], x: Any, y: Any, rows: Rows) -> Any:
-        """`after` for several adapters of this class at once, each on the rows of its group of the batch x, y."""
+    def after_groups(
+        cls, site: nn.Module, members: list[tuple[Any, Group]], x: Any, y: Any, rows: Rows, own: bool
+    ) -> Any:
+        """`after` for several adapters of this class at once, each on the rows of its group of the batch x, y.
+
+        Args:
+            own: y is the site's own output, of this x.
+        """
         raise NotImplementedError
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:

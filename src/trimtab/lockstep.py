@@ -15,7 +15,7 @@ import contextlib
 import copy
 import random
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -102,6 +102,7 @@ class Call:
 
     @property
     def size(self) -> int:
+        """The number of rows."""
         return max(
             (len(value) for value in self.given.values() if isinstance(value, Tensor) and value.dim()), default=0
         )
@@ -228,6 +229,8 @@ class Meeting(Swapped, nn.Module):
     order: ClassVar[int] = -1
     _part: Part
 
+    _arguments: ClassVar[tuple[str, ...]]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         job = self._part.job
         if not job.stepping or len(args) > len(self._arguments):
@@ -251,10 +254,10 @@ class Lockstep:
         self.fresh: list[str] = []
         self.draws = False  # whether the base draws random numbers in training
 
-    def run(self, runs: Mapping[str, Callable[[Job], Any]]) -> list[Job]:
-        """All of these, by the names of their jobs. An error of a job is kept in it, and stops no other."""
+    def run(self, runs: Iterable[Callable[[Job], Any]]) -> list[Job]:
+        """All of these to their ends. An error of a job is kept in it, and stops no other."""
         before = Randomness.now()
-        self.jobs = [Job(name, run, self, Randomness.now()) for name, run in runs.items()]
+        self.jobs = [Job(f"job{number}", run, self, Randomness.now()) for number, run in enumerate(runs)]
         for job in self.jobs:
             threading.Thread(target=self._whole, args=(job,), daemon=True).start()
         try:
@@ -309,7 +312,7 @@ class Lockstep:
             _share(model, self.base)
         return model, fresh
 
-    def join(self, job: Job, model: Any, checkpointing: dict[str, Any] | None) -> None:
+    def join(self, job: Job, model: Any, checkpointing: Any = None) -> None:
         """Let the job's model, with its adapter on it, meet the others'. checkpointing: settings, if it is wanted."""
         if job.alone:
             return
@@ -397,8 +400,8 @@ def _check_rows_apart(model: Any) -> None:
     config = getattr(model, "config", None)
     for setting in MIXING:
         if getattr(config, setting, None):
-            raise ConfigError(f"{type(model).__name__} has {setting}={getattr(config, setting)}: rows of a batch change "
-                              "each other's results, so jobs cannot share one. Train them one by one.")  # fmt: skip
+            raise ConfigError(f"{type(model).__name__} has {setting}={getattr(config, setting)}: rows of a batch act "
+                              "on each other, so jobs cannot share one. Train them one by one.")  # fmt: skip
     for name, part in model.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             raise ConfigError(
@@ -410,15 +413,15 @@ def _check_rows_apart(model: Any) -> None:
 def _flat(part: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     """A linear layer acts on each position by itself, so there is nothing to pad."""
     flat = [value.flatten(0, -2) for value in inputs]
-    found = part(torch.cat(flat)).split([len(value) for value in flat])
+    found: Any = torch.split(part(torch.cat(flat)), [len(value) for value in flat])
     return [own.view(*value.shape[:-1], -1) for own, value in zip(found, inputs, strict=True)]
 
 
 def _arguments(given: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
     """The arguments of all calls as those of one, shorter rows padded at their ends and masked."""
     for name, mask in MASKED.items():
-        found = [one.get(name) for one in given]
-        if found[0] is None or len({value.shape[1] for value in found}) == 1 or given[0].get(mask) is not None:
+        found: list[Tensor] = [one[name] for one in given if one.get(name) is not None]
+        if len({value.shape[1] for value in found}) < 2 or given[0].get(mask) is not None:
             continue
         for one, value in zip(given, found, strict=True):
             one[mask] = torch.ones(value.shape[:2], dtype=torch.long, device=value.device)
@@ -443,7 +446,7 @@ def _apart(result: Any, sizes: list[int], lengths: list[int]) -> list[Any]:
         if result.dim() == 0 or len(result) != sum(sizes):
             return [result] * len(sizes)
         cut = result.dim() == 3 and result.shape[1] == max(lengths)
-        parts = zip(result.split(sizes), lengths, strict=True)
+        parts = zip(torch.split(result, sizes), lengths, strict=True)  # type: ignore[no-untyped-call]
         return [part[:, :length] if cut and length < max(lengths) else part for part, length in parts]
     if isinstance(result, Mapping):
         found = {name: _apart(value, sizes, lengths) for name, value in result.items()}

@@ -1,23 +1,19 @@
 """Several recipes trained at once over one frozen base (lockstep.py), and sweeps: one recipe in many variants."""
 
-import io
 import itertools
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import transformers
 
-from . import record
 from .errors import ConfigError, TrimtabError
 from .lockstep import Job, Lockstep
 from .recipe import Recipe
 from .tasks import TASKS
 from .tasks.columns import Say
-from .training import Result, settings_of, train
+from .training import Result, train
 
 RANKING = "ranking.json"
 CURVES = "losses.png"
@@ -48,7 +44,7 @@ class Ranking:
 def train_many(
     recipes: Sequence[Recipe],
     say: Say = print,
-    callbacks: Callable[[Recipe], Iterable[transformers.TrainerCallback]] = lambda recipe: (),
+    callbacks: Callable[[Recipe], Iterable[transformers.TrainerCallback]] = lambda _: (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Ranking:
@@ -74,7 +70,7 @@ def train_many(
         told = partial(_named, say, name)
         return train(recipe, told, callbacks(recipe), resume, overwrite, job=job)
 
-    jobs = lockstep.run({name: partial(run, recipe, name) for recipe, name in zip(recipes, names, strict=True)})
+    jobs = lockstep.run(partial(run, recipe, name) for recipe, name in zip(recipes, names, strict=True))
     outcomes = [Outcome(recipe, job.result, job.error) for recipe, job in zip(recipes, jobs, strict=True)]
     for outcome in outcomes:
         if outcome.error is not None and not isinstance(outcome.error, TrimtabError | OSError):
@@ -114,9 +110,9 @@ def check(recipes: Sequence[Recipe]) -> None:
 
 
 def names_of(recipes: Sequence[Recipe]) -> list[str]:
-    """Short names: of the output folders the last parts that tell them apart. Dots, which modules cannot have, go."""
+    """Short names: of the output folders the last parts that tell them apart."""
     for length in itertools.count(1):
         names = ["/".join(recipe.output.absolute().parts[-length:]) for recipe in recipes]
         if len(set(names)) == len(names):
-            return [name.replace(".", "·").replace("/", "∕") for name in names]
+            return names
     raise AssertionError

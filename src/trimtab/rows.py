@@ -122,12 +122,13 @@ class Rows:
                 x = x.expand(batch, *x.shape[1:])
             elif x.dim() == 2 and here % batch == 0 and here // batch in self.tokens - {1}:
                 flat = _flat(call)
-                return self.through(site, held, flat, x.unflatten(0, (batch, -1))).flatten(0, 1)
+                return self.through(site, held, flat, x.view(batch, -1, x.shape[1])).flatten(0, 1)
         self.check(site, x)
         y = self._apart(site, plan, call, x) if plan.apart else call(x)
         self.check(site, y)
+        own = not plan.apart
         for members in plan.together:
-            y = type(members[0][0]).after_groups(site, members, x, y, self)
+            y, own = type(members[0][0]).after_groups(site, members, x, y, self, own), False
         return y
 
     def _plan(self, site: nn.Module, held: Mapping[str, Any]) -> Plan:
@@ -234,7 +235,7 @@ def _flat(call: Call) -> Call:
 
     def flat(x: Tensor, group: Group | None = None, module: nn.Module | None = None) -> Tensor:
         y: Tensor = call(x.flatten(0, 1), group, module)
-        return y.unflatten(0, x.shape[:2])
+        return y.view(*x.shape[:2], *y.shape[1:])
 
     return flat
 

@@ -169,6 +169,10 @@ class AnySite(Swapped, nn.Module):
         stack = [part for name in names for part in cast(Adapter, held[name]).parts()]
         return [adapter for adapter in stack if isinstance(adapter, InputAdapter) == on_input]
 
+    def acts_alone(self, adapter: Adapter) -> bool:
+        """Whether this adapter is all that shapes this call."""
+        return self._active.rows is None and self.acting() == [adapter]
+
 
 class Site(AnySite):
     """A module that is called: its adapters act around its own forward."""

@@ -14,6 +14,7 @@ product twice, and an adapter must mean the same in both libraries.
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,10 +22,11 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import weights
+from .. import kernels, weights
 from ..adapter import Adapter
 from ..errors import CheckpointError, ConfigError, MergeError, TargetError, did_you_mean
 from ..rows import Group, Rows
+from ..sites import AnySite
 from ..targets import TargetConfig, check_patterns, is_linear, pattern_name, pattern_value, shared
 from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
@@ -99,17 +101,34 @@ class LoraAdapter(Adapter):
             nn.init.zeros_(zero)
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        whole, base = x, y
-        if self.dropout and self.training and not self.embeds:
-            x = F.dropout(x, self.dropout)
-        # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
-        dtype = y.dtype if self.embeds else x.dtype
-        low = self._product(site, x, self.A.to(dtype), self.B.to(dtype)).to(y.dtype)
-        if self.start is not None:
-            low = low - self._product(site, whole, self.start.A.to(dtype), self.start.B.to(dtype)).to(y.dtype)
-        y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, *self._change(), self.scale)
+        base, p = y, self.dropout if self.training else 0.0
+        if (W := self._base_weight(site, x, y)) is not None:
+            y = kernels.adapted(y, x, W, self.A, self.B, self.scale, p)
+        else:
+            low = self._product(site, x, y.dtype, self.A, self.B, p)
+            if self.start is not None:
+                low = low - self._product(site, x, y.dtype, self.start.A, self.start.B)
+            y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, *self._change(), self.scale)
         y = y if self.bias is None else self.bias.add(site, y)
         return y if self.invocation is None else self.invocation.select(base, y)
+
+    def _base_weight(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """W, where y is the base's own output and nobody needs it as it is; else None."""
+        needed = self.start is not None or self.magnitude is not None or self.invocation is not None
+        if needed or not kernels.fits(site, x) or not isinstance(site, AnySite) or not site.acts_alone(self):
+            return None
+        return kernels.base_weight(site, x, y)
+
+    def _product(self, site: nn.Module, x: Tensor, dtype: torch.dtype, A: Tensor, B: Tensor, p: float = 0.0) -> Tensor:
+        """s B A drop(x), in the dtype."""
+        if kernels.fits(site, x):
+            return kernels.product(x, A, B, self.scale, p).to(dtype)
+        if p and not self.embeds:
+            x = F.dropout(x, p)
+        # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
+        own = dtype if self.embeds else x.dtype
+        h = weights.linear(site, x, A.to(own)) * self.scale
+        return weights.mix(site, h, B.to(own).flatten(1)).to(dtype)
 
     def joins(self, site: nn.Module) -> bool:
         others = (self.magnitude, self.start, self.invocation, self.bias)
@@ -117,19 +136,15 @@ class LoraAdapter(Adapter):
 
     @classmethod
     def after_groups(
-        cls, site: nn.Module, members: list[tuple["LoraAdapter", Group]], x: Tensor, y: Tensor, rows: Rows
+        cls, site: nn.Module, members: list[tuple["LoraAdapter", Group]], x: Tensor, y: Tensor, rows: Rows, own: bool
     ) -> Tensor:
         """Ranks are filled up with zeros to the next power of two; those of one such rank make one batched product."""
         ranks: dict[int, list[tuple[LoraAdapter, Group]]] = {}
         for adapter, group in members:
             ranks.setdefault(1 << (len(adapter.A) - 1).bit_length(), []).append((adapter, group))
         for rank, found in ranks.items():
-            y = _add_products(site, rank, found, x, y, rows)
+            y, own = _add_products(site, rank, found, x, y, rows, own), False
         return y
-
-    def _product(self, site: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """s B A x."""
-        return weights.mix(site, weights.linear(site, x, A) * self.scale, B.flatten(1))
 
     def _change(self) -> tuple[Tensor, Tensor]:
         """The pair whose product, times s, is added to W: A and B, and where they started elsewhere minus that."""
@@ -192,34 +207,55 @@ class LoraAdapter(Adapter):
 
 
 def _add_products(
-    site: nn.Module, rank: int, members: list[tuple[LoraAdapter, Group]], x: Tensor, y: Tensor, rows: Rows
+    site: nn.Module,
+    rank: int,
+    members: list[tuple[LoraAdapter, Group]],
+    x: Tensor,
+    y: Tensor,
+    rows: Rows,
+    own: bool,
 ) -> Tensor:
-    """y + s B A x with the A, B and s of each row's adapter; x (rows, ..., in), y (rows, ..., out)."""
-    units = rows.units(tuple(group.name for _, group in members))
-    if any(adapter.dropout and adapter.training for adapter, _ in members):
-        parts = []
-        for adapter, group in members:
-            with rows.turn(group):
-                parts.append(F.dropout(rows.of(group, x), adapter.dropout, adapter.training))
-        x = rows.joined([group for _, group in members], parts)
-    elif units.rows is not None:
+    """y + s B A drop(x) with each row's own s, B, A; x (rows, ..., in), y (rows, ..., out). own: as `after_groups`."""
+    groups = [group for _, group in members]
+    units = rows.units(tuple(group.name for group in groups))
+    W = kernels.base_weight(site, x, y) if own and units.rows is None and kernels.fits(site, x) else None
+    if units.rows is not None:
         x = x[units.rows.to(x.device)]
+    rates = [adapter.dropout if adapter.training else 0.0 for adapter, _ in members]
+    masks = _masks(groups, rates, x, rows) if any(rates) else None
     key = id(site), rank, x.dtype
-    stacked = None if torch.is_grad_enabled() else rows.kept.get(key)
-    if stacked is None:
-        A = torch.stack([F.pad(one.A, (0, 0, 0, rank - len(one.A))) for one, _ in members]).to(x.dtype)
-        B = torch.stack([F.pad(one.B, (0, rank - len(one.A))) for one, _ in members]).to(x.dtype)
-        s = torch.tensor([one.scale for one, _ in members], dtype=x.dtype, device=x.device).view(-1, 1, 1)
-        stacked = A, B, s
-        if units.slots is not None:
-            A, B, s = stacked = tuple(part[units.slots.to(x.device)] for part in stacked)
+    stacks = None if torch.is_grad_enabled() else rows.kept.get(key)
+    if stacks is None:
+        pairs: list[tuple[Tensor, Tensor, float]] = [
+            (one.A, one.B, one.scale * kernels.enlarged(p)) for (one, _), p in zip(members, rates, strict=True)
+        ]
+        stacks = kernels.Stacks(pairs, rank, units.count, units.slots, x)
         if not torch.is_grad_enabled():
-            rows.kept[key] = stacked
-    A, B, s = stacked
-    low = torch.bmm(torch.bmm(x.reshape(units.count, -1, x.shape[-1]), A.mT) * s, B.mT).to(y.dtype)
-    if units.rows is None:
-        return y + low.view(y.shape)
-    return y.index_add(0, units.rows.to(y.device), low.view(-1, *y.shape[1:]))
+            rows.kept[key] = stacks
+    if W is not None:
+        return stacks.adapted(y, x, W, masks)
+    low = stacks.product(x, masks).to(y.dtype)
+    return y + low if units.rows is None else y.index_add(0, units.rows.to(y.device), low)
+
+
+def _masks(groups: list[Group], rates: list[float], x: Tensor, rows: Rows) -> Callable[[], Tensor]:
+    """What draws, the same again and again, 1 where the dropout of each group keeps an element of x, else 0."""
+    seeds = []
+    for group, p in zip(groups, rates, strict=True):
+        with rows.turn(group):
+            seeds.append(kernels.seed(p))
+
+    def draw() -> Tensor:
+        parts = []
+        for group, p, seed in zip(groups, rates, seeds, strict=True):
+            size = len(group.rows), *x.shape[1:]
+            if group.length is not None and x.dim() == 3:
+                size = size[0], group.length, size[2]
+            parts.append(kernels.mask(x.new_empty(size), p, seed))
+        joined: Tensor = rows.joined(groups, parts)
+        return joined
+
+    return draw
 
 
 class LoraConfig(TargetConfig):

@@ -1,0 +1,251 @@
+"""The fast forms against the plain formulas they stand for, values and gradients, and where they must not be used."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import models
+import pytest
+import torch
+from battery import close, loss, run
+from models import Tiny, randomise
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trimtab import LoraConfig, get_peft_model, kernels
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(3)
+
+
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "fits", lambda *_: False)
+
+
+def seeded(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With the same dropout at every call, as finite differences need it."""
+
+    def call(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return form(*inputs)
+
+    return call
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("form", ["product", "adapted", "adapted, transposed"])
+def test_gradients_by_finite_differences(form: str, shape: tuple[int, ...], p: float) -> None:
+    """In float64, on a layer that is not square, whose weight may be stored transposed."""
+    W = torch.randn(5, 7, dtype=torch.float64).T if "transposed" in form else torch.randn(7, 5, dtype=torch.float64)
+
+    def adapted(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return kernels.adapted(nn.functional.linear(x, W), x, W, A, B, 0.7, p)
+
+    def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return kernels.product(x, A, B, 0.7, p)
+
+    inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (shape, (3, 5), (7, 3))]
+    assert torch.autograd.gradcheck(seeded(product if form == "product" else adapted), inputs)
+
+
+LAYERS: dict[str, Callable[[], Tiny]] = {
+    "linear": models.mlp, "llama": models.llama, "bert": models.bert, "gpt2": models.gpt2, "t5": models.t5,
+    "vit": models.vit,
+}  # fmt: skip
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(5)
+    loss(model, inputs).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": "all"}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
+def test_models_are_those_of_the_plain_formula(
+    build: Callable[[], Tiny], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, where the order of sums does not show."""
+    model, inputs = build()
+    model.double()
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", **settings))
+    randomise(model)
+    fast = run(model, inputs), gradients(model, inputs)
+    plain(monkeypatch)
+    slow = run(model, inputs), gradients(model, inputs)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+    assert slow[1]
+
+
+def one(layer: nn.Module, **settings: Any) -> Any:
+    settings = {"r": 2, "target_modules": ["0"], "init_lora_weights": False, **settings}
+    return get_peft_model(nn.Sequential(layer), LoraConfig(**settings)).train()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_only_the_input_itself_is_kept(p: float) -> None:
+    """No copy of it, cast or dropped; beside it h, of width r, and the weights, which are there anyway."""
+    model, x = one(nn.Linear(5, 7).bfloat16(), lora_dropout=p), torch.randn(64, 5, dtype=torch.bfloat16)
+    x.requires_grad_()
+    weights = {value.data_ptr() for value in model.parameters()}
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    new = [tensor for place, tensor in kept.items() if place not in weights]
+    assert sorted(tuple(tensor.shape) for tensor in new) == [(64, 2), (64, 5)]
+    assert x.data_ptr() in kept
+
+
+def test_master_weights_get_float32_gradients_on_a_half_precision_base() -> None:
+    model = one(nn.Linear(5, 7).bfloat16())
+    model(torch.randn(4, 5, dtype=torch.bfloat16)).sum().backward()
+    adapter = model[0].adapters["default"]
+    assert adapter.A.grad.dtype == adapter.B.grad.dtype == torch.float32
+
+
+def test_a_frozen_a_keeps_no_input() -> None:
+    """LoRA-FA's point."""
+    model, x = one(nn.Linear(5, 7)), torch.randn(64, 5)
+    model[0].adapters["default"].A.requires_grad_(False)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        model(x)
+    assert (64, 5) not in kept
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The gradient is no formula that could be differentiated, and must not be taken for a constant."""
+    model, x = one(nn.Linear(5, 7)), torch.randn(4, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+class Keeping(nn.Linear):
+    """A user's layer that keeps its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+def test_an_output_that_somebody_keeps_stays() -> None:
+    model, x = one(Keeping(5, 7)), torch.randn(4, 5)
+    y = model(x)
+    layer = model[0]
+    close(layer.kept, nn.functional.linear(x, layer.weight, layer.bias))
+    assert not torch.equal(y, layer.kept)
+
+
+def test_a_weight_that_is_trained_too_gets_its_gradient() -> None:
+    model, x = one(nn.Linear(5, 7)), torch.randn(4, 5)
+    model[0].weight.requires_grad_(True)
+    model(x).sum().backward()
+    close(model[0].weight.grad, x.sum(0).expand(7, 5))
+
+
+def test_a_trained_bias_gets_its_gradient() -> None:
+    model, x = one(nn.Linear(5, 7)), torch.randn(4, 5)
+    model[0].bias.requires_grad_(True)
+    model(x).sum().backward()
+    close(model[0].bias.grad, torch.full((7,), 4.0))
+
+
+def test_several_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one's y is no plain product of x."""
+    model, x = one(nn.Linear(5, 7)), {"input": torch.randn(4, 5)}
+    model.add_adapter("more", LoraConfig(r=1, target_modules=["0"], init_lora_weights=False))
+    model.set_adapter(["default", "more"])
+    fast = run(model, x), gradients(model, x)
+    plain(monkeypatch)
+    close(fast[0], run(model, x))
+    for name, value in gradients(model, x).items():
+        close(fast[1][name], value)
+
+
+def test_a_trained_copy_at_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then y is not made with the base's weight, and the gradient of x must not be taken through that."""
+    model, _ = models.mlp()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["first"]))
+    model.add_adapter("copy", LoraConfig(r=2, target_modules=["second"], modules_to_save=["first"]))
+    model.set_adapter(["default", "copy"])
+    randomise(model)
+    x = torch.randn(4, 5, requires_grad=True)
+    (fast,) = torch.autograd.grad(loss(model, {"x": x}), x)
+    plain(monkeypatch)
+    close(fast, torch.autograd.grad(loss(model, {"x": x}), x)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_others_may_change_the_result_in_place(bias: bool) -> None:
+    """As nn.ReLU(inplace=True) does; the result of an autograd function that is a view would refuse."""
+    model, x = one(nn.Linear(5, 7, bias=bias)), torch.randn(2, 4, 5, requires_grad=True)
+    expected = torch.autograd.grad(model(x).relu().pow(2).sum(), x)
+    close(torch.autograd.grad(model(x).relu_().pow(2).sum(), x)[0], expected[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    model, x = one(nn.Linear(5, 7)), torch.randn(4, 5)
+    expected = model(x).detach()
+    with mode():
+        close(model(x), expected)
+        close(model(torch.ones_like(x) * x), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_draws_the_same_dropout_again(reentrant: bool) -> None:
+    model, x = one(nn.Linear(5, 7), lora_dropout=0.5), torch.randn(64, 5, requires_grad=True)
+    expected = gradients_of(model, x, model)
+    again = gradients_of(model, x, lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    for first, second in zip(expected, again, strict=True):
+        assert torch.equal(first, second)
+
+
+def gradients_of(model: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    x.grad = None
+    torch.manual_seed(4)
+    call(x).pow(2).sum().backward()
+    return [value.grad.clone() for value in (x, *model.parameters()) if value.grad is not None]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_autocast_is_that_of_the_plain_formula(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = one(nn.Linear(5, 7)), torch.randn(4, 5, requires_grad=True)
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    with context:
+        fast = model(x)
+    grads = torch.autograd.grad(fast.sum(), x)
+    plain(monkeypatch)
+    with context:
+        slow = model(x)
+    assert fast.dtype == slow.dtype == (torch.bfloat16 if autocast else torch.float32)
+    close(fast, slow)
+    close(grads[0], torch.autograd.grad(slow.sum(), x)[0])
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.75, 0.9999, 1 - 1e-9])
+def test_the_mean_of_dropout_is_exact(p: float) -> None:
+    """What is kept, over how many of the 65,536 values of a lane are kept: a mean of 1 over all values."""
+    kept = kernels._kept(p)
+    assert 1 <= kept <= kernels.LANES
+    assert abs(kept / kernels.LANES - (1 - p)) <= 1 / kernels.LANES
+    eye = torch.eye(4)
+    values = kernels.product(torch.ones(2**16, 4), eye, eye, 1.0, p).unique()
+    close(values[values > 0], torch.full((int((values > 0).sum()),), kernels.LANES / kept))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 4097])
+def test_masks_of_any_size(size: int) -> None:
+    mask = kernels.mask(torch.empty(size, 1), 0.25, 1)
+    assert mask.shape == (size, 1)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    if size > 4000:  # 6 standard errors are 0.04
+        assert abs(mask.mean().item() - 0.75) < 0.04
