@@ -39,7 +39,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"report", "progress"},
-    {"comparison", "doctor"},
+    {"comparison", "doctor", "many"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -55,11 +55,13 @@ class Listener:
         return functools.reduce(lambda total, term: total + term.to(total.device), found) if found else None
 
     def stepped(self, optimizer: Optimizer) -> None:
+        own = False
         for name, config in self._training():
             adapters = self.own.adapters(name)
             first = next((parameter for adapter in adapters.values() for parameter in adapter.parameters()), None)
             if not any(parameter is first for group in optimizer.param_groups for parameter in group["params"]):
                 continue  # the optimizer of something else
+            own = True
             if not self.asked and config.penalty(adapters) is not None:
                 warnings.warn(
                     f"The model returned no loss to which {type(config).__name__} could add its penalty. Give it "
@@ -67,7 +69,8 @@ class Listener:
                     stacklevel=2,
                 )
             config.stepped(adapters, optimizer)
-        self.asked = self.added = False
+        if own:
+            self.asked = self.added = False
 
     def _training(self) -> list[tuple[str, PeftConfig]]:
         active = self.own.active

@@ -41,6 +41,7 @@ MASKED = {
     "encoder_hidden_states": "encoder_attention_mask",
 }
 LONG = (*MASKED, *MASKED.values(), "token_type_ids", "position_ids")
+UNUSED = "num_items_in_batch"  # of use to the loss, which each job has for itself
 MIXING = ("expert_capacity", "output_router_logits")  # settings by which one row changes what another one gives
 
 
@@ -99,6 +100,7 @@ class Call:
     part: str
     given: dict[str, Any]
     autocast: torch.dtype | None
+    flat: bool  # whether the part is a linear layer, which takes each position by itself
 
     @property
     def size(self) -> int:
@@ -114,8 +116,9 @@ class Call:
             if isinstance(value, Tensor):
                 if value.dim() < 2:
                     return None
-                shape = value.shape[2 if name in LONG else 1 :]
-                found.append((name, value.dtype, value.device, value.dim(), shape, len(value) == self.size))
+                shape = value.shape[-1:] if self.flat else value.shape[2 if name in LONG else 1 :]
+                whole = self.flat or (value.dim(), len(value) == self.size)
+                found.append((name, value.dtype, value.device, shape, whole))
             elif value is None or isinstance(value, bool | int | float | str):
                 found.append((name, value))
             else:
@@ -144,9 +147,11 @@ class JobRows(Rows):
             yield
             return
         self.turning = True
-        with job.randomness.drawing():
-            yield
-        self.turning = False
+        try:
+            with job.randomness.drawing():
+                yield
+        finally:
+            self.turning = False
 
     def begin(self) -> Any:
         return {name: _tensors_state_of(job) for name, job in self.jobs.items()}
@@ -155,9 +160,11 @@ class JobRows(Rows):
     def again(self, begun: Any) -> Iterator[None]:
         now = self.begin()
         self._set(begun)
-        with self.drawn():
-            yield
-        self._set(now)
+        try:  # PyTorch leaves by an exception when it has what it needs
+            with self.drawn():
+                yield
+        finally:
+            self._set(now)
 
     def _set(self, states: Any) -> None:
         for name, job in self.jobs.items():
@@ -236,9 +243,10 @@ class Meeting(Swapped, nn.Module):
         if not job.stepping or len(args) > len(self._arguments):
             return super().forward(*args, **kwargs)
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        given.pop(UNUSED, None)
         device = next((value.device.type for value in given.values() if isinstance(value, Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        answer = job.wait(Call(self._part.name, given, autocast))
+        answer = job.wait(Call(self._part.name, given, autocast, is_linear(self) and len(given) == 1))
         return super().forward(*args, **kwargs) if answer is None else answer
 
 
@@ -250,6 +258,7 @@ class Lockstep:
         self.idle = threading.Semaphore(0)
         self.active = Active()
         self.shared = self.apart = 0  # calls of the base that were computed with others', and by themselves
+        self.plain: Any = None  # the base without adapters, to be copied for jobs
         self.base: Any = None  # with the adapters of all jobs, by their names
         self.fresh: list[str] = []
         self.draws = False  # whether the base draws random numbers in training
@@ -298,18 +307,18 @@ class Lockstep:
 
         Raises: ConfigError, where one row of a batch changes what the model makes of another.
         """
-        if self.base is not None and not self.fresh:
-            return _sharing(self.base), []
+        if self.plain is not None and not self.fresh:
+            return _sharing(self.plain), []
         model, fresh = load()  # new modules are drawn from the job's own random numbers
-        if self.base is None:
+        if self.plain is None:
             _check_rows_apart(model)
-            self.base, self.fresh = _sharing(model), fresh
+            self.plain, self.base, self.fresh = _sharing(model), _sharing(model), fresh
             for part in list(self.base.modules()):
                 sites.freeze_statistics(part)
             self.base.requires_grad_(False).train()
             self.draws = draws(self.base)
         else:
-            _share(model, self.base)
+            _share(model, self.plain)
         return model, fresh
 
     def join(self, job: Job, model: Any, checkpointing: Any = None) -> None:
@@ -349,11 +358,20 @@ class Lockstep:
         """Compute one part of the base for all of these. Where that fails, each shall try by itself."""
         self.apart += len(jobs)
         if len(jobs) == 1:
-            return  # the same, with less to do
+            print(
+                "ALONE",
+                jobs[0].name,
+                jobs[0].request.part,
+                {k: (tuple(v.shape) if hasattr(v, "shape") else v) for k, v in jobs[0].request.given.items()},
+            )
+            return
         begun = {job.name: _tensors_state_of(job) for job in jobs}
         try:
             answers = self._together(jobs, [cast(Call, job.request) for job in jobs])
         except Exception:  # whose fault it is will show
+            import traceback
+
+            traceback.print_exc()
             for job in jobs:
                 job.randomness.torch, job.randomness.cuda = begun[job.name]
             return
@@ -368,7 +386,7 @@ class Lockstep:
         self.base.to(device)
         autocast = calls[0].autocast
         with torch.autocast(device.type, autocast, autocast is not None):
-            if is_linear(part) and len(given[0]) == 1:
+            if calls[0].flat:
                 return _flat(part, [next(iter(one.values())) for one in given])
             sizes = [call.size for call in calls]
             lengths = [next((one[name].shape[1] for name in MASKED if one.get(name) is not None), 0) for one in given]
@@ -446,7 +464,7 @@ def _apart(result: Any, sizes: list[int], lengths: list[int]) -> list[Any]:
         if result.dim() == 0 or len(result) != sum(sizes):
             return [result] * len(sizes)
         cut = result.dim() == 3 and result.shape[1] == max(lengths)
-        parts = zip(torch.split(result, sizes), lengths, strict=True)  # type: ignore[no-untyped-call]
+        parts = zip(torch.split(result, sizes), lengths, strict=True)
         return [part[:, :length] if cut and length < max(lengths) else part for part, length in parts]
     if isinstance(result, Mapping):
         found = {name: _apart(value, sizes, lengths) for name, value in result.items()}

@@ -1,19 +1,28 @@
 """Several recipes trained at once over one frozen base (lockstep.py), and sweeps: one recipe in many variants."""
 
+import io
 import itertools
+import json
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transformers
+import yaml
 
+from . import recipe as reading
+from . import record
 from .errors import ConfigError, TrimtabError
 from .lockstep import Job, Lockstep
 from .recipe import Recipe
+from .run import METRICS, RECIPE
 from .tasks import TASKS
 from .tasks.columns import Say
-from .training import Result, train
+from .training import Result, flat, settings_of, train
 
 RANKING = "ranking.json"
 CURVES = "losses.png"
@@ -24,16 +33,17 @@ PRECISION = ("bf16", "fp16")
 class Outcome:
     """What became of one recipe: a result, or why there is none."""
 
+    name: str
     recipe: Recipe
     result: Result | None = None
-    error: BaseException | None = None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Outcomes from the best to the worst by a metric of the validation rows, those that failed at the end.
+    """Outcomes from the best to the worst by a metric of the validation rows; what failed is at the end.
 
-    shared: the share of the jobs' calls of the base in training that were computed together with others'.
+    shared: of the jobs' calls of the base in training, the share that was computed together with others'.
     """
 
     metric: str
@@ -44,46 +54,65 @@ class Ranking:
 def train_many(
     recipes: Sequence[Recipe],
     say: Say = print,
-    callbacks: Callable[[Recipe], Iterable[transformers.TrainerCallback]] = lambda _: (),
+    callbacks: Callable[[str], Iterable[transformers.TrainerCallback]] = lambda _: (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Ranking:
-    """Train several recipes at once. What each gives is what `train` gives for it alone, in its own output folder.
+    """Train several recipes at once, over one base. Each gives what `train` gives for it alone, in its own folder.
 
-    They may differ in all but the base model, its quantization, the precision and the task. What fails is in the
-    ranking with its error, and does the others no harm.
+    They may differ in all but the base model, its quantization, the precision and the task. One that fails stops alone,
+    and is in the ranking with its error.
 
     Args:
-        say: gets lines, with the name of the output folder before them.
-        callbacks: for the Trainer of a recipe.
-        resume, overwrite: as for `train`. With resume a job without an unfinished run begins, unless it is done.
+        say: gets lines, each with the name of its recipe (of the output folder) before it.
+        callbacks: for the Trainer of the recipe of a name.
+        resume: go on with those that did not finish, leave those that did as they are, and begin the others.
+        overwrite: throw unfinished runs away, which otherwise are refused.
     Raises:
         ConfigError: recipes that cannot share a base, or that have one output folder.
     """
     check(recipes)
-    names = names_of(recipes)
     lockstep = Lockstep()
+    named = dict(zip(names_of(recipes), recipes, strict=True))
+    ended = {name: found for name, recipe in named.items() if resume and (found := _finished(recipe))}
+    failed: dict[str, Exception] = {}
+    told: set[str] = set()
 
-    def run(recipe: Recipe, name: str, job: Job) -> Result:
+    def tell(name: str, line: Any) -> None:
+        if str(line) not in told:  # what holds for all is said once
+            told.add(str(line))
+            say(f"{name}: {line}")
+
+    def run(name: str, job: Job) -> Result:
+        recipe = named[name]
         if recipe.training.get("neftune_noise_alpha"):
-            job.alone = "neftune_noise_alpha"
-        told = partial(_named, say, name)
-        return train(recipe, told, callbacks(recipe), resume, overwrite, job=job)
+            job.alone = "its noise goes on the input of a model's own embeddings"
+        return train(recipe, partial(tell, name), callbacks(name), resume, overwrite, job=job)
 
-    jobs = lockstep.run(partial(run, recipe, name) for recipe, name in zip(recipes, names, strict=True))
-    outcomes = [Outcome(recipe, job.result, job.error) for recipe, job in zip(recipes, jobs, strict=True)]
-    for outcome in outcomes:
-        if outcome.error is not None and not isinstance(outcome.error, TrimtabError | OSError):
-            raise outcome.error
+    todo = [name for name in named if name not in ended]
+    for name, job in zip(todo, lockstep.run([partial(run, name) for name in todo]), strict=True):
+        if job.error is None:
+            ended[name] = job.result
+        elif isinstance(job.error, TrimtabError | OSError):
+            failed[name] = job.error
+        else:
+            raise job.error
+    outcomes = [Outcome(name, recipe, ended.get(name), failed.get(name)) for name, recipe in named.items()]
     task = TASKS[recipes[0].task]
-    done = [outcome for outcome in outcomes if outcome.result]
-    done.sort(key=lambda one: one.result.metrics["validation"][task.metric], reverse=task.higher_is_better)  # type: ignore[union-attr]
+    sign = -1 if task.higher_is_better else 1
+    outcomes.sort(key=lambda one: sign * one.result.metrics["validation"][task.metric] if one.result else float("inf"))
     calls = lockstep.shared + lockstep.apart
-    return Ranking(task.metric, [*done, *(one for one in outcomes if not one.result)], lockstep.shared / max(calls, 1))
+    return Ranking(task.metric, outcomes, lockstep.shared / max(calls, 1))
 
 
-def _named(say: Say, name: str, line: Any) -> None:
-    say(f"{name}: {line}")
+def _finished(recipe: Recipe) -> Result | None:
+    """What this recipe came to, if its run is there to the end."""
+    if not all((recipe.output / name).is_file() for name in (METRICS, RECIPE)):
+        return None
+    written = dict(flat(yaml.safe_load((recipe.output / RECIPE).read_text(encoding="utf-8"))))
+    if any(written.get(key) != value for key, value in flat(recipe.plain()) if value is not None):
+        return None
+    return Result(recipe.output, json.loads((recipe.output / METRICS).read_text(encoding="utf-8")))
 
 
 def check(recipes: Sequence[Recipe]) -> None:
@@ -116,3 +145,83 @@ def names_of(recipes: Sequence[Recipe]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise AssertionError
+
+
+def variants(path: Path, overrides: Sequence[str], varied: Sequence[str], say: Say = print) -> list[Recipe]:
+    """A recipe with every combination of values, such as method.r=4,8 and training.seed=0,1.
+
+    The output folders are named for the values, in one beside the recipe's own, with -sweep behind its name.
+
+    Raises:
+        ConfigError: nothing is varied, or not as KEY=VALUE,VALUE. RecipeError: as reading a recipe does.
+    """
+    choices = []
+    for one in varied:
+        key, equals, values = one.partition("=")
+        each = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]  # commas in lists do not count
+        if not equals or not all(each) or len(set(each)) != len(each):
+            raise ConfigError(f"--vary {one}: write KEY=VALUE,VALUE, such as training.learning_rate=1e-4,3e-4.")
+        choices.append([f"{key.strip()}={value}" for value in each])
+    if not choices:
+        raise ConfigError("Nothing is varied. Write what is: --vary method.r=4,8,16")
+    folder = reading.read(path, overrides, say).output
+    folder = folder.with_name(f"{folder.name}-sweep")
+    found = []
+    for chosen in itertools.product(*choices):
+        name = ",".join(f"{one.partition('=')[0].rpartition('.')[2]}={one.partition('=')[2]}" for one in chosen)
+        name = re.sub(r"[^\w.,=+-]+", "_", name)
+        found.append(reading.read(path, [*overrides, *chosen, f"output={folder / name}"], lambda _: None))
+    return found
+
+
+def table(ranking: Ranking) -> list[tuple[str, ...]]:
+    """A line of headings, and one for each recipe that was trained, best first."""
+    lines: list[tuple[str, ...]] = [("", ranking.metric, "loss", "trained", "steps", "learning rate")]
+    for one in ranking.outcomes:
+        if one.result is not None:
+            metrics = one.result.metrics
+            scores = metrics["validation"]
+            lines.append((
+                one.name, f"{scores[ranking.metric]:.4g}", f"{scores['loss']:.4g}",
+                f"{metrics['trainable_parameters']:,}", str(metrics["steps"]),
+                f"{settings_of(one.recipe)['learning_rate']:g}",
+            ))  # fmt: skip
+    return lines
+
+
+def failures(ranking: Ranking) -> list[str]:
+    """A line for each recipe that was not trained to its end."""
+    return [f"{one.name} was not trained: {one.error}" for one in ranking.outcomes if one.error is not None]
+
+
+def write(ranking: Ranking, folder: Path) -> None:
+    """ranking.json, and losses.png: the training losses of all recipes by step."""
+    lines = [
+        {"name": one.name, "output": str(one.recipe.output), **({"error": str(one.error)} if one.error else {})}
+        | ({"validation": one.result.metrics["validation"]} if one.result else {})
+        for one in ranking.outcomes
+    ]
+    found = {"metric": ranking.metric, "shared": ranking.shared, "recipes": lines}
+    (folder / RANKING).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (folder / CURVES).write_bytes(_curves(ranking))
+
+
+def _curves(ranking: Ranking) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
+    for one in ranking.outcomes:
+        points = [(line["step"], line["loss"]) for line in record.read(one.recipe.output / record.HISTORY)
+                  if "loss" in line]  # fmt: skip
+        if points:
+            axes.plot(*zip(*points, strict=True), label=one.name, linewidth=1)
+    axes.legend(fontsize="small")
+    packed = io.BytesIO()
+    figure.savefig(packed, format="png", dpi=100)
+    return packed.getvalue()
+
+
+def folder_of(recipes: Sequence[Recipe]) -> Path:
+    """Where the ranking of recipes lies: in the folder that all their output folders are in."""
+    return Path(os.path.commonpath([recipe.output.absolute().parent for recipe in recipes]))

@@ -124,8 +124,8 @@ def train(
         packing.check(model, rows["train"])
     trainer.try_longest(task.length)
     if job is not None:
-        settings = arguments.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        job.lockstep.join(job, model, settings if arguments.gradient_checkpointing else None)
+        settings = arguments.activation_checkpointing_kwargs or {"use_reentrant": False}
+        job.lockstep.join(job, model, settings if arguments.activation_checkpointing else None)
     held_out = {split: found for split, found in rows.items() if split != "train"}
     before = {split: scores(trainer, found) for split, found in held_out.items()}
     _check_metric(arguments, before["validation"])
@@ -269,8 +269,8 @@ def _unfinished(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
             "it away (--overwrite)."
         )
     if last is not None and not overwrite:
-        known = dict(_flat(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))))
-        now = dict(_flat(recipe.plain()))
+        known = dict(flat(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))))
+        now = dict(flat(recipe.plain()))
         changed = [name for name in {**known, **now} if known.get(name) != now.get(name)]
         if changed:
             raise CheckpointError(
@@ -287,11 +287,11 @@ def _unfinished(recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
     return last
 
 
-def _flat(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """training.learning_rate and its value, and so on."""
     for name, value in settings.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}.")
+            yield from flat(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
 

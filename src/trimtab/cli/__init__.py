@@ -18,6 +18,7 @@ from .merge import merge
 from .methods import methods
 from .predict import predict
 from .recipes import recipes
+from .sweep import sweep
 from .targets import targets
 from .train import train
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune pretrained models by training a small adapter and leaving the model alone.",
 )
-for verb in (demo, init, train, evaluate, predict, chat, compare, merge, inspect, targets, methods, doctor):
+for verb in (demo, init, train, sweep, evaluate, predict, chat, compare, merge, inspect, targets, methods, doctor):
     app.command(no_args_is_help=verb not in (demo, methods, doctor))(verb)
 app.command(cls=ManyWeights, no_args_is_help=True)(combine)
 app.add_typer(recipes, name="recipes")

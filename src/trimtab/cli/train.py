@@ -9,8 +9,9 @@ import typer
 
 
 def train(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE|DATA", help="A recipe (.yaml), or data; with --resume a run's folder.")
+    given: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE...|DATA", help="Recipes (.yaml), or data; with --resume a run's folder."),
     ],
     model: Annotated[str | None, typer.Option(help="With data: the model's folder, or its id on the hub.")] = None,
     overrides: Annotated[
@@ -23,12 +24,17 @@ def train(
     """Fine-tune a model as a recipe says, or with none: trimtab train reviews.csv --model my-model
 
     For example: trimtab train recipe.yaml --set training.epochs=1
+
+    Several recipes of one model and task are trained at once, over one copy of the model.
     """
     from ..errors import ConfigError
 
-    if resume and (recipe / "checkpoints" / "recipe.yaml").is_file():
-        recipe = recipe / "checkpoints" / "recipe.yaml"
+    unfinished = [path / "checkpoints" / "recipe.yaml" for path in given]
+    given = [found if resume and found.is_file() else path for path, found in zip(given, unfinished, strict=True)]
+    recipe = next((path for path in given if path.suffix not in (".yaml", ".yml")), given[0])
     is_recipe = recipe.suffix in (".yaml", ".yml")
+    if model is not None and len(given) > 1:
+        raise ConfigError("--model goes with one data file. Of several write recipes: trimtab init DATA --model MODEL")
     if is_recipe == (model is not None):
         wanted = (
             "has its model in it: --set model=MODEL changes it" if is_recipe else "needs --model MODEL, or a recipe"
@@ -44,14 +50,21 @@ def train(
     from ..progress import ProgressBar
     from ..propose import propose
     from ..report import plan, summary
+    from .together import together
 
     console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
     say = partial(console.print, markup=False)
     text = propose(recipe, model, overrides or []) if model else None
-    found = recipes.read(Path("proposed recipe") if text else recipe, overrides or (), say, text)
+    paths = [Path("proposed recipe")] if text else given
+    all_found = [recipes.read(path, overrides or (), say, text) for path in paths]
     if dry_run:
-        say(plan(training.planned(found, say)))
+        for found in all_found:
+            say(plan(training.planned(found, say)))
         return
+    if len(all_found) > 1:
+        together(console, all_found, resume, overwrite)
+        return
+    [found] = all_found
     result = training.train(found, say, [ProgressBar(console)], resume, overwrite)
     if console.quiet:
         return
