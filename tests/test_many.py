@@ -70,9 +70,7 @@ def test_each_job_comes_to_what_it_comes_to_alone(folder: Path) -> None:
     assert [one.error for one in ranking.outcomes] == [None] * len(DIFFERENT)
     assert ranking.shared > 0.6  # the two with virtual tokens give their embeddings and a cache, which none else does
     for name, recipe in alone.items():
-        torch.testing.assert_close(
-            weights(together[name]), weights(recipe), rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(weights(together[name]), weights(recipe), rtol=1e-5, atol=1e-5)
         assert losses(together[name]) == pytest.approx(losses(recipe), rel=1e-5), name
         found = [json.loads((one.output / "metrics.json").read_text()) for one in (recipe, together[name])]
         assert found[0]["steps"] == found[1]["steps"]

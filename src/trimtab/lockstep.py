@@ -358,20 +358,11 @@ class Lockstep:
         """Compute one part of the base for all of these. Where that fails, each shall try by itself."""
         self.apart += len(jobs)
         if len(jobs) == 1:
-            print(
-                "ALONE",
-                jobs[0].name,
-                jobs[0].request.part,
-                {k: (tuple(v.shape) if hasattr(v, "shape") else v) for k, v in jobs[0].request.given.items()},
-            )
-            return
+            return  # the same, with less to do
         begun = {job.name: _tensors_state_of(job) for job in jobs}
         try:
             answers = self._together(jobs, [cast(Call, job.request) for job in jobs])
         except Exception:  # whose fault it is will show
-            import traceback
-
-            traceback.print_exc()
             for job in jobs:
                 job.randomness.torch, job.randomness.cuda = begun[job.name]
             return
