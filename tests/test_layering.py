@@ -18,6 +18,7 @@ SOURCE = Path(trimtab.__file__).parent
 LAYERS = [
     {"errors"},
     {"files", "weights", "recipe_file", "rows"},
+    {"row_inputs"},
     {"adapter"},
     {"sites"},
     {"targets", "kernels"},

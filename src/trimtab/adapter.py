@@ -195,11 +195,19 @@ class InputAdapter(Adapter):
     hf_wraps: ClassVar[bool] = False
     hf_flat: ClassVar[bool] = False  # its keys in HF PEFT's files have no module's name before them
     alone: ClassVar[bool] = False  # only one adapter with such a part can act at a time
+    fills_cache: ClassVar[bool] = False  # whether it puts keys and values into the cache, with `fill`
+    ahead: int = 0  # how many positions it puts before each row's
+    fills_behind: bool = False  # whether rows with fewer of them begin with the others, instead of ending with them
+    axis: str = ""  # "decoder_" where those are a decoder's: what the names of the arguments begin with
     site: ClassVar[Any] = None  # a kind of sites.InputSite, for what is called with more arguments than before
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments in place of `given`. Must return new ones, never change `given` in place."""
         return given
+
+    def fill(self, site: nn.Module, cache: Any, states: list[tuple[Tensor, Tensor]]) -> Any:
+        """The cache (a new one for None) with keys and values (B, heads, P, width) of each layer in it."""
+        raise NotImplementedError
 
     def outputs(self, site: nn.Module, given: dict[str, Any], result: Any) -> Any:
         """The result in place of `result`; `given` is what came in, before `inputs`."""

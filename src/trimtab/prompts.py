@@ -34,6 +34,7 @@ class VirtualTokens(InputAdapter):
     def __init__(self, embedding: nn.Parameter, tokens: int, encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.embedding, self.tokens = embedding, tokens
+        self.ahead = tokens
         self.encoder = encoder.to(embedding.device, embedding.dtype) if encoder is not None else None
 
     def forward(self) -> Tensor:
@@ -132,9 +133,11 @@ class Prompt(VirtualTokens):
 class WiderMask(InputAdapter):
     """At the root of an encoder-decoder whose encoder has a `Prompt`: the decoder attends to its tokens too."""
 
+    fills_behind = True
+
     def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.tokens = self.ahead = tokens
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         mask = given.get("attention_mask")
@@ -235,6 +238,7 @@ class PromptConfig(PromptLearningConfig):
         path, module = reader(model)
         # Of a prompt for encoder and decoder HF PEFT saves both halves, and uses the first: so does this.
         prompt = self.prompt(embedding(module), self.num_virtual_tokens * self.num_transformer_submodules)
+        prompt.fills_behind = bool(path)  # what reads for a head may look at the first position
         made: dict[str, Adapter] = {path: prompt}
         if takes(model, "decoder_input_ids"):
             prompt.feeds_decoder = True

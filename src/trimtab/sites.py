@@ -5,6 +5,7 @@ renamed, and `super().forward` runs whatever the layer is. The subclass keeps th
 because transformers, accelerate and Trainer look at both.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from . import weights
 from .adapter import Adapter, InputAdapter
 from .errors import AdapterError, TargetError
+from .row_inputs import around
 from .rows import Group, Rows
 
 
@@ -28,6 +30,15 @@ class Active:
         self.names: tuple[str, ...] = ()  # in the order in which they nest
         self.merged: tuple[str, ...] = ()  # folded into the weights, so they act without being called
         self.rows: Rows | None = None  # in place of `names`: which one acts on each row of the batch
+
+    @contextlib.contextmanager
+    def only(self, group: Group) -> Iterator[None]:
+        """Inside the block the batch has the rows of this group alone."""
+        before, self.rows = self.rows, Rows([group.name] * len(group.rows))
+        try:
+            yield
+        finally:
+            self.rows = before
 
 
 class Swapped:
@@ -223,6 +234,10 @@ class InputSite(AnySite):
     """The model, or a large part of it: its adapters act on the arguments and the result of its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._active.rows is not None:
+            given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+            call = super().forward
+            return around(self._active.rows, self, adapters(self)._modules, given, lambda **own: call(**self.own(own)))
         stack = cast(list[InputAdapter], self.acting(on_input=True))
         if not stack:
             return super().forward(*args, **self.own(kwargs))

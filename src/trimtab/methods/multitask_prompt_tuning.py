@@ -71,10 +71,12 @@ class TasksBelow(InputAdapter):
     """At the root of a model that reads its tokens in a part: tells the prompt there what the call says of tasks."""
 
     site: ClassVar[Any] = TaskSite
+    fills_behind = True
 
     def __init__(self, prompt: MultitaskPrompt, wider: WiderMask | None) -> None:
         super().__init__()
         self.prompt, self.wider = (prompt,), wider  # in a tuple, or its weights would be here too
+        self.ahead = wider.ahead if wider else 0
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         self.prompt[0].tasks = given.get("task_ids")

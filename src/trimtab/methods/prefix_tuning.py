@@ -21,7 +21,7 @@ from ..targets import takes
 
 
 class Prefix(VirtualTokens):
-    where = ""  # "decoder_" before the names of a decoder's arguments
+    fills_cache: ClassVar[bool] = True
     enters_attention = False  # whether a `PrefixAgain` is in every layer
 
     def __init__(
@@ -43,9 +43,9 @@ class Prefix(VirtualTokens):
                 f"A prefix goes through the key-value cache, which {type(site).__name__} drops in checkpointed layers. "
                 "Train without gradient checkpointing, or with PromptTuningConfig."
             )
-        new = self.behind(given, self.where)
+        new = self.behind(given, self.axis)
         if not cached(given):
-            names = [f"{where}{name}" for where in (self.where, "") for name in ("input_ids", "inputs_embeds")]
+            names = [f"{where}{name}" for where in (self.axis, "") for name in ("input_ids", "inputs_embeds")]
             rows = next(len(given[name]) for name in (*names, "labels") if given.get(name) is not None)
             states = [self.states(layer, rows, weights.compute_dtype(site)) for layer in range(self.layers)]
             new["past_key_values"] = caches.filled(site, given.get("past_key_values"), states)
@@ -56,6 +56,9 @@ class Prefix(VirtualTokens):
             # or generate would go on from a cache it did not ask for
             result = type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
         return unnamed(site, given, result)
+
+    def fill(self, site: nn.Module, cache: Any, states: list[caches.Pair]) -> Any:
+        return caches.filled(site, cache, states)
 
     def states(self, layer: int, rows: int, dtype: torch.dtype) -> caches.Pair:
         """Keys and values in one layer, the same for each row."""
@@ -137,7 +140,7 @@ class PrefixTuningConfig(PromptLearningConfig):
                 nn.init.zeros_(parameter)
         sizes = self.num_virtual_tokens, layers, heads
         prefix = Prefix(values, encoder, sizes, self.num_transformer_submodules)
-        prefix.where = "decoder_" if takes(module, "decoder_input_ids") else ""
+        prefix.axis = "decoder_" if takes(module, "decoder_input_ids") else ""
         readers = caches.readers(model)
         prefix.enters_attention = set(readers.values()) == set(range(layers))
         again = {name: PrefixAgain(prefix, layer) for name, layer in readers.items()}
