@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import trimtab
 from trimtab import (
     AdaLoraConfig,
+    AdapterError,
     AdaptionPromptConfig,
     BitFitConfig,
     BOFTConfig,
@@ -507,6 +508,32 @@ def adapters_switch(case: Case) -> None:
     assert same_bits(run(model, inputs), second)
 
 
+def rows_of_one_batch_have_their_own(case: Case) -> None:
+    """Each row gives what it gives when its adapter acts on all of them; what cannot be told apart is refused."""
+    model, inputs = plain(case)
+    get_peft_model(model, case.config, "a")
+    model.add_adapter("b", case.config)
+    randomise(model)
+    batch = len(next(iter(inputs.values())))
+    names = ["b", "__base__", "a", "b"]
+    order = torch.arange(len(names)) % batch
+    rows = {key: value[order] if len(value) == batch else value for key, value in inputs.items()}
+    gated = isinstance(case.config, UniPeltConfig)  # changes the cache of all rows
+    if gated or any(isinstance(site, sites.ReadSite) for site in sites.sites(model)):
+        with pytest.raises(AdapterError, match="for all rows|one adapter at a time"):
+            run(model, {**rows, "adapter_names": names})
+        return
+    mixed = run(model, {**rows, "adapter_names": names})
+    for i, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+            close(mixed[i], run(model, rows)[i])
+        else:
+            with model.disable_adapter():
+                close(mixed[i], run(model, rows)[i])
+    far(mixed[0], mixed[1] if batch == 1 else mixed[2])
+
+
 def deleting_leaves_the_others(case: Case) -> None:
     model, inputs = attached(case)
     first = run(model, inputs)
@@ -693,6 +720,7 @@ CHECKS: list[Callable[[Case], None]] = [
     disabled_gives_base_outputs,
     disabled_while_merged_gives_base_outputs,
     adapters_switch,
+    rows_of_one_batch_have_their_own,
     deleting_leaves_the_others,
     unload_restores_every_bit,
     unload_while_merged_restores_every_bit,

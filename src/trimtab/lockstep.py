@@ -334,7 +334,7 @@ class Lockstep:
             vars(part)["_part"] = Part(job, name)
             sites.swap_in(part, Meeting)
         if checkpointing is not None:
-            self.base.gradient_checkpointing_enable(checkpointing)
+            self.base.activation_checkpointing_enable(checkpointing)
 
     def _leave(self, job: Job) -> None:
         for site in list(sites.sites(self.base)) if self.base is not None else ():

@@ -1,14 +1,14 @@
 """Rows of one batch under different adapters, for those that act on the arguments of a module: virtual tokens, mostly.
 
 Each group's adapters get the arguments of its rows, and what they make of them is put together again. They may put
-different numbers P of virtual positions before their rows, at the embedding or in the cache. The others are filled up
-to the most of them with positions that are masked: where the model writes on in front, so that all rows end together,
-and where it reads a whole text behind, so that all begin together.
+different numbers of virtual positions before their rows: C into the cache, P at the embedding. The others are filled up
+to the most of each with positions that are masked. Where the model writes on, P is filled in front, so that all rows
+end together; where it reads a whole text, behind, so that all begin together.
 
-    [fill][P_1 virtual][tokens]            [P_1 virtual][tokens][fill]
-    [P_2 virtual      ][tokens]            [P_2 virtual      ][tokens]
+    in the cache    [fill][C_1 virtual] [fill][P_1 virtual][tokens]         [P_1 virtual][tokens][fill]
+                    [C_2 virtual      ] [P_2 virtual      ][tokens]         [P_2 virtual      ][tokens]
 
-A cache then holds such rows, and each group sees it without its fill.
+Later a cache holds such rows, and each group sees it without its fill.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +45,11 @@ class SeenCache:
 
     def update(self, keys: Tensor, values: Tensor, *ignored: Any) -> None:
         self.states.append((keys, values))
+
+    def take(self) -> list[tuple[Tensor, Tensor]]:
+        """The states, which are then in the real cache."""
+        taken, self.states = self.states, []
+        return taken
 
 
 def around(rows: Rows, site: Any, held: Mapping[str, Any], given: dict[str, Any], call: Callable[..., Any]) -> Any:
@@ -88,16 +93,12 @@ class _Batch:
         self.rows, self.site, self.groups, self.given = rows, site, groups, given
         # Of an encoder-decoder the decoder's arguments have names of their own, and the cache is the decoder's.
         self.axes = ("", "decoder_") if "decoder_input_ids" in site._arguments else ("",)
-        self.front, self.behind = (
-            {
-                axis: [
-                    sum(one.ahead for one in stack if (one.axis, one.fills_behind) == (axis, behind))
-                    for stack in stacks
-                ]
-                for axis in self.axes
-            }
-            for behind in (False, True)
-        )
+        # The virtual positions of each group: in the cache, and at the embedding with the fill in front or behind.
+        self.cached, self.front, self.behind = (
+            {axis: [sum(one.ahead for one in stack if (one.axis, _place_of(one)) == (axis, place)) for stack in stacks]
+             for axis in self.axes}
+            for place in ("cache", "front", "behind")
+        )  # fmt: skip
         adapters = [adapter for stack in stacks for adapter in stack]
         self.filler = next((adapter for adapter in adapters if adapter.fills_cache), None)
         self.fed = any(getattr(adapter, "feeds_decoder", False) for adapter in adapters)
@@ -105,8 +106,11 @@ class _Batch:
         self.views = [SeenCache(None, 0) for _ in groups] if self.filler and self.cache is None else None
 
     def lead(self, number: int, axis: str) -> int:
-        """How many positions fill up a group's rows in front."""
-        return int(max(self.front[axis]) - self.front[axis][number])
+        """How many positions fill up a group's rows in the cache."""
+        return sum(max(own[axis]) - own[axis][number] for own in (self.cached, self.front))
+
+    def differs(self, *places: dict[str, list[int]], axis: str) -> bool:
+        return any(len(set(own[axis])) > 1 for own in places)
 
     def seen(self, number: int, value: Any) -> Any:
         """What is of a group's rows; caches as it sees them."""
@@ -139,7 +143,7 @@ class _Batch:
                     part["inputs_embeds"] = self.site.get_input_embeddings()(part["input_ids"])
                     part["input_ids"] = None
         for axis in self.axes:
-            if len(set(self.front[axis])) > 1 or len(set(self.behind[axis])) > 1:
+            if self.differs(self.cached, self.front, self.behind, axis=axis):
                 for number, part in enumerate(parts):
                     self._place(part, axis, number)
         made = {}
@@ -147,22 +151,39 @@ class _Batch:
             values = [part.get(name) for part in parts]
             if name == "past_key_values":
                 made[name] = self._cache(values)
+            elif name.endswith("attention_mask") and isinstance(values[0], Tensor):
+                made[name] = self.joined([self._masked(part, name, number) for number, part in enumerate(parts)])
             else:
                 made[name] = self.joined(values, FILLS.get(name, 0))
+        self.rows.tokens.add(_length(made))
         return made
+
+    def _masked(self, part: dict[str, Any], name: str, number: int) -> Tensor:
+        """A group's mask with all of its fill."""
+        mask: Tensor = part[name]
+        axis = name.removesuffix("attention_mask")
+        if axis not in self.axes or mask.dim() != 2:
+            return mask
+        own = self.cached[axis][number]
+        mask = torch.cat(
+            [mask[:, :own], F.pad(mask[:, own:], (max(self.front[axis]) - self.front[axis][number], 0))], 1
+        )
+        return F.pad(mask, (max(self.cached[axis]) - own, max(self.behind[axis]) - self.behind[axis][number]))
 
     def _place(self, part: dict[str, Any], axis: str, number: int) -> None:
         """Give a group's part the mask and the positions that, left out, would be wrong for rows with a fill."""
         mask, positions = f"{axis}attention_mask", f"{axis}position_ids"
-        length = _length(self.given, axis) or _length(self.given, "labels" if axis else axis)
+        length = self._tokens(axis)
         seen = int(self.cache.get_seq_length()) if self.cache is not None and axis == self.axes[-1] else 0
-        end = (seen - max(self.front[axis]) if seen else 0) + self.front[axis][number] + length
+        ahead = self.cached[axis][number] + self.front[axis][number]
+        end = (seen - max(self.cached[axis]) - max(self.front[axis]) if seen else 0) + ahead + length
+        end += self.behind[axis][number] if not seen else 0
         own = _length(part, axis) or length
         some = next(value for value in part.values() if isinstance(value, Tensor))
         if part.get(mask) is None and mask in self.site._arguments:
-            size = len(self.groups[number].rows), end + self.behind[axis][number]
+            size = len(self.groups[number].rows), end
             part[mask] = torch.ones(size, dtype=torch.long, device=some.device)
-        if len(set(self.front[axis])) == 1 or part.get(positions) is not None:
+        if not self.differs(self.cached, self.front, axis=axis) or part.get(positions) is not None:
             return
         table = _own_positions(self.site)
         if positions in self.site._arguments and table is not None:
@@ -173,13 +194,21 @@ class _Batch:
                 "others would stand at wrong ones. In one batch use adapters with equally many."
             )
 
+    def _tokens(self, axis: str) -> int:
+        """How many tokens the rows of this call have, virtual ones left out."""
+        if axis == "" and self.given.get("encoder_outputs") is not None:
+            whole: int = self.given["encoder_outputs"][0].shape[1]
+            return whole - max(self.behind[axis])
+        labels: Any = self.given.get("labels")
+        return _length(self.given, axis) or int(labels.shape[1])
+
     def _cache(self, values: list[Any]) -> Any:
         views = [value for value in values if isinstance(value, SeenCache)]
         if any(view.states for view in views):
             assert self.filler is not None
-            layers = max(len(view.states) for view in views)
-            states = [self._states([view.states[layer] if view.states else None for view in views])
-                      for layer in range(layers)]  # fmt: skip
+            found = [view.take() for view in views]
+            layers = max(map(len, found))
+            states = [self._states([own[layer] if own else None for own in found]) for layer in range(layers)]
             return self.filler.fill(self.site, self.cache, states)
         fixed = next((value for value in values if hasattr(value, "states") and not isinstance(value, SeenCache)), None)
         if fixed is not None:  # in a layer that is checkpointed, where there is no other
@@ -235,9 +264,13 @@ class _Batch:
         return value[:, :length] if any(self.behind[""]) else value[:, whole - length :]
 
 
+def _place_of(adapter: Any) -> str:
+    return "cache" if adapter.fills_cache else "behind" if adapter.fills_behind else "front"
+
+
 def _length(given: Mapping[str, Any], axis: str = "") -> int:
     """The number of positions of the ids or embeddings, 0 where there are none."""
-    names = ("labels",) if axis == "labels" else (f"{axis}inputs_embeds", f"{axis}input_ids")
+    names = (f"{axis}inputs_embeds", f"{axis}input_ids")
     found = next((given[name] for name in names if given.get(name) is not None), None)
     return 0 if found is None else int(found.shape[1])
 
