@@ -164,11 +164,10 @@ class Stacks:
 
     @torch.no_grad()
     def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(pairs, rank, i) and (pairs, o, rank)."""
-        As, Bs = [A for A, _, _ in self.pairs], [B for _, B, _ in self.pairs]
+        """(pairs, rank, i) and (pairs, rank, o), as products of few rows read them fastest."""
+        As, Bs = [A for A, _, _ in self.pairs], [B.T for _, B, _ in self.pairs]
         if any(len(A) != self.rank for A in As):
-            As = [F.pad(A, (0, 0, 0, self.rank - len(A))) for A in As]
-            Bs = [F.pad(B, (0, self.rank - B.shape[1])) for B in Bs]
+            As, Bs = ([F.pad(part, (0, 0, 0, self.rank - len(part))) for part in parts] for parts in (As, Bs))
         return torch.stack(As).to(dtype), torch.stack(Bs).to(dtype)
 
     def of_blocks(self, stack: Tensor) -> Tensor:
@@ -208,10 +207,10 @@ class _LowRanks(torch.autograd.Function):
         blocks = (x if mask is None else mask().mul_(x)).reshape(stacks.blocks, -1, x.shape[-1])
         h = torch.bmm(blocks, stacks.A.mT).mul_(stacks.scales)  # (n, N / n, r)
         if y is None:
-            y = torch.bmm(h, stacks.B.mT).view(*x.shape[:-1], -1)
+            y = torch.bmm(h, stacks.B).view(*x.shape[:-1], -1)
         else:
             ctx.mark_dirty(y)
-            y.view(stacks.blocks, -1, y.shape[-1]).baddbmm_(h, stacks.B.mT)
+            y.view(stacks.blocks, -1, y.shape[-1]).baddbmm_(h, stacks.B)
         ctx.stacks, ctx.mask = stacks, mask
         ctx.save_for_backward(x, h, W)
         return y
@@ -222,7 +221,7 @@ class _LowRanks(torch.autograd.Function):
         x, h, W = ctx.saved_tensors
         stacks, mask = ctx.stacks, None if ctx.mask is None else ctx.mask()
         g = grad.reshape(stacks.blocks, -1, grad.shape[-1])  # (n, N / n, o)
-        grad_h = torch.bmm(g, stacks.B).mul_(stacks.scales)
+        grad_h = torch.bmm(g, stacks.B.mT).mul_(stacks.scales)
         grads: list[Tensor | None] = [None] * (2 * len(stacks.pairs))
         if any(ctx.needs_input_grad[5:]):
             blocks = (x if mask is None else mask * x).reshape(stacks.blocks, -1, x.shape[-1])

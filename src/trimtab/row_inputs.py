@@ -197,8 +197,8 @@ class _Batch:
     def _tokens(self, axis: str) -> int:
         """How many tokens the rows of this call have, virtual ones left out."""
         if axis == "" and self.given.get("encoder_outputs") is not None:
-            whole: int = self.given["encoder_outputs"][0].shape[1]
-            return whole - max(self.behind[axis])
+            whole: Tensor = self.given["encoder_outputs"][0]
+            return whole.shape[1] - max(self.behind[axis])
         labels: Any = self.given.get("labels")
         return _length(self.given, axis) or int(labels.shape[1])
 

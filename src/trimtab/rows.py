@@ -86,7 +86,7 @@ class Rows:
         self.groups = {name: Group(name, rows, known.get(name)) for name, rows in where.items()}
         self.tokens: set[int] = set()  # how long the rows of the batch at hand are, as far as that is known
         self.turning = False  # whether something is done for one group alone, just now
-        self.kept: dict[Any, Any] = {}  # what methods make of their weights, for more calls without gradients
+        self.kept: dict[Any, Any] = {}  # what methods want to find again in the next call
         self._plans: dict[int, Plan] = {}
         self._units: dict[tuple[str, ...], Units] = {}
         self._repeated: dict[int, Rows] = {1: self}

@@ -139,9 +139,8 @@ class LoraAdapter(Adapter):
         cls, site: nn.Module, members: list[tuple["LoraAdapter", Group]], x: Tensor, y: Tensor, rows: Rows, own: bool
     ) -> Tensor:
         """Ranks are filled up with zeros to the next power of two; those of one such rank make one batched product."""
-        ranks: dict[int, list[tuple[LoraAdapter, Group]]] = {}
-        for adapter, group in members:
-            ranks.setdefault(1 << (len(adapter.A) - 1).bit_length(), []).append((adapter, group))
+        key = id(site), "ranks"
+        ranks = rows.kept.get(key) or rows.kept.setdefault(key, _by_rank(members))
         for rank, found in ranks.items():
             y, own = _add_products(site, rank, found, x, y, rows, own), False
         return y
@@ -206,6 +205,13 @@ class LoraAdapter(Adapter):
         return f"lora_embedding_{name}" if self.embeds else f"lora_{name}.weight"
 
 
+def _by_rank(members: list[tuple[LoraAdapter, Group]]) -> dict[int, list[tuple[LoraAdapter, Group]]]:
+    ranks: dict[int, list[tuple[LoraAdapter, Group]]] = {}
+    for adapter, group in members:
+        ranks.setdefault(1 << (len(adapter.A) - 1).bit_length(), []).append((adapter, group))
+    return ranks
+
+
 def _add_products(
     site: nn.Module,
     rank: int,
@@ -216,18 +222,18 @@ def _add_products(
     own: bool,
 ) -> Tensor:
     """y + s B A drop(x) with each row's own s, B, A; x (rows, ..., in), y (rows, ..., out). own: as `after_groups`."""
-    groups = [group for _, group in members]
-    units = rows.units(tuple(group.name for group in groups))
+    units = rows.units(tuple([group.name for _, group in members]))
     W = kernels.base_weight(site, x, y) if own and units.rows is None and kernels.fits(site, x) else None
     if units.rows is not None:
         x = x[units.rows.to(x.device)]
-    rates = [adapter.dropout if adapter.training else 0.0 for adapter, _ in members]
-    masks = _masks(groups, rates, x, rows) if any(rates) else None
+    rates = [one.dropout if one.training else 0.0 for one, _ in members] if site.training else []
+    masks = _masks([group for _, group in members], rates, x, rows) if any(rates) else None
     key = id(site), rank, x.dtype
     stacks = None if torch.is_grad_enabled() else rows.kept.get(key)
     if stacks is None:
         pairs: list[tuple[Tensor, Tensor, float]] = [
-            (one.A, one.B, one.scale * kernels.enlarged(p)) for (one, _), p in zip(members, rates, strict=True)
+            (one.A, one.B, one.scale * kernels.enlarged(p))
+            for (one, _), p in zip(members, rates or [0.0] * len(members), strict=True)
         ]
         stacks = kernels.Stacks(pairs, rank, units.count, units.slots, x)
         if not torch.is_grad_enabled():
