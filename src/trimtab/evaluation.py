@@ -72,6 +72,7 @@ def measure(found: Run, rows: Any, callbacks: Iterable[transformers.TrainerCallb
         trainer = RunTrainer(
             Path(scratch),
             task.metrics,
+            write=task.write if task.generates else None,
             model=found.model,
             args=arguments_of(found.recipe.model_copy(update={"output": Path(scratch)})),
             eval_dataset=rows,

@@ -68,7 +68,10 @@ def base(recipe: Recipe, task: Task) -> tuple[Any, list[str]]:
             raise ConfigError(
                 f"{recipe.model} writes up to {most} tokens; training.generation_max_length is {length}. Make it less."
             )
-        model.generation_config.update(max_length=length, max_new_tokens=None)
+        if model.config.is_encoder_decoder:
+            model.generation_config.update(max_length=length, max_new_tokens=None)
+        else:  # the longest text is counted without the prompt
+            model.generation_config.update(max_length=None, max_new_tokens=length)
     return model, fresh
 
 

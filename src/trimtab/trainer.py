@@ -50,7 +50,7 @@ def _read(model: PeftModel, folder: Path) -> None:
         checkpoint.load_weights(model, own if files.current(own, files.WEIGHTS).is_file() else folder, name)
 
 
-class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
+class RunTrainer(Trainer):
     """The Trainer of a run: it stops at a loss or gradient that cannot be right, and keeps the batch that gave it."""
 
     def __init__(
@@ -59,10 +59,12 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         metrics: Callable[[Any, Any], dict[str, float]],
         objective: Objective | None = None,
         rates: Mapping[nn.Parameter, float] | None = None,
+        write: Callable[[Any, dict[str, Any]], Tensor] | None = None,
         **settings: Any,
     ) -> None:
         """metrics: scores of an EvalPrediction and of the rows that it is of, in their order. objective: what is
-        minimized in place of the model's own loss. rates: how much of the learning rate parameters have, if not all."""
+        minimized in place of the model's own loss. rates: how much of the learning rate parameters have, if not all.
+        write: gives the ids that a model writes for a batch, where scores are of those."""
         super().__init__(
             compute_metrics=lambda found: metrics(found, self.evaluated),
             compute_loss_func=self._loss if objective else None,
@@ -71,6 +73,7 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         self.objective: Objective | None = objective
         self.taught: Tensor | None = None  # the teacher's logits of the batch
         self.rates = rates
+        self.write = write
         self.evaluated: Any = None
         self.output = output
         self.batch: dict[str, Any] = {}
@@ -92,7 +95,7 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own: Any = self.model
-        if self.args.predict_with_generate:  # type: ignore[attr-defined]
+        if own.config.is_encoder_decoder:
             inputs = {**inputs, "decoder_input_ids": _decoder_inputs(own, inputs["labels"])}
         items = num_items_in_batch if own.training else None
         self.taught = self.objective.teacher.logits(inputs) if self.objective.teacher and own.training else None
@@ -106,7 +109,9 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         objective = self.objective if self.objective and model.training else Objective()
         logits, taught = outputs["logits"], self.taught
         if self._loss_shifts_labels:
-            logits, labels, taught = logits[:, :-1], labels[:, 1:], None if taught is None else taught[:, :-1]
+            size = labels.shape[1]  # GIT's logits have the photo's before the text's
+            logits, labels = logits[:, -size:-1], labels[:, 1:]
+            taught = None if taught is None else taught[:, -size:-1]
         items = objective.count(labels).to(logits.device) if num_items_in_batch is None else num_items_in_batch
         return objective.loss(logits, labels, items, taught)
 
@@ -131,9 +136,18 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
             )
         return loss
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.write is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return loss, self.write(self.model, inputs), inputs["labels"]
+
     def evaluation_loop(self, dataloader: Any, *args: Any, **settings: Any) -> Any:
         self.evaluated = dataloader.dataset
-        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer keeps rows that only fill a batch
         return super().evaluation_loop(dataloader, *args, **settings)
 
     def forget_evaluation(self) -> None:

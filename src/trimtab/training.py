@@ -100,6 +100,7 @@ def train(
         task.metrics,
         _objective(recipe, arguments, model, task, rows["train"]),
         _rates(recipe, arguments, model),
+        task.write if task.generates else None,
         model=model,
         args=arguments,
         train_dataset=rows["train"],
@@ -341,7 +342,6 @@ def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
-        "predict_with_generate": TASKS[recipe.task].generates,
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
     }
     for own in (*OWN, "label_smoothing_factor"):  # what this module and objective.py do themselves

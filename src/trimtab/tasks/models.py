@@ -112,11 +112,14 @@ def loading(model: str) -> Iterator[None]:
     except ImportError as error:
         if "bitsandbytes" in str(error):
             raise ConfigError("Quantization needs bitsandbytes: pip install 'trimtab[quant]'.") from None
-        raise
+        raise ConfigError(f"The model {model} cannot be loaded: {_first_line(error)}") from None
     except (OSError, ValueError, KeyError) as error:
         folder = Path(model).expanduser()
         if folder.is_absolute() and not folder.is_dir():
             beside = [path.name for path in folder.parent.glob("*") if path.is_dir()]
             raise ConfigError(f"There is no model folder {model}.{did_you_mean(folder.name, beside)}") from None
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"The model {model} cannot be loaded: {reason}") from None
+        raise ConfigError(f"The model {model} cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -241,6 +241,11 @@ class Task(ABC):
         """What `metrics` needs of a batch's logits: all of them would not fit where there is one for each token."""
         return logits
 
+    def write(self, model: Any, batch: dict[str, Any]) -> Any:
+        """Token ids (B, T) of what the model writes for a batch, of which it does not see the labels."""
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        return model.generate(**given, generation_config=model.generation_config)
+
     @abstractmethod
     def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:
         """Scores of a `transformers.EvalPrediction` of encoded rows."""
