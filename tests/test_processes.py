@@ -27,14 +27,13 @@ MORE = {
 }  # fmt: skip
 
 
-def launched(recipe: Path, *overrides: str) -> str:
-    """What two processes wrote to the terminal."""
+def launched(*program: str) -> str:
+    """What two processes of a program wrote to the terminal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", port, "-m", "trimtab", "train", str(recipe)]
-    command += [word for override in overrides for word in ("--set", override)]
+    command += ["--master-port", port, *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -43,7 +42,8 @@ def launched(recipe: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("more", MORE)
 def test_two_processes_make_the_run_of_one(recipe: Path, still: str, more: str) -> None:  # noqa: F811
-    said = launched(recipe, still, *SETTINGS, *MORE[more])
+    overrides = [word for override in (still, *SETTINGS, *MORE[more]) for word in ("--set", override)]
+    said = launched("-m", "trimtab", "train", str(recipe), *overrides)
     assert said.count("train: 24 rows read") == 1
     assert said.count("Saved in") == 1
     folder = recipe.parent / "run"
@@ -56,3 +56,28 @@ def test_two_processes_make_the_run_of_one(recipe: Path, still: str, more: str) 
     close(saved(alone), saved(found))
     for score, value in alone.metrics["validation"].items():
         assert found.metrics["validation"][score] == pytest.approx(value, abs=1e-5), score
+
+
+WATCHED = """
+import sys
+from pathlib import Path
+from torch import distributed
+from trimtab import recipe, training
+from trimtab.tasks.text_classification import TextClassification
+
+def encode(task, *args, encode=TextClassification.encode):
+    print("encoding:", distributed.is_initialized(), flush=True)
+    return encode(task, *args)
+
+TextClassification.encode = encode
+training.train(recipe.read(Path(sys.argv[1]), sys.argv[2:]), lambda line: None)
+print("trained:", distributed.is_initialized(), flush=True)
+"""
+
+
+def test_rows_are_encoded_before_processes_wait_for_each_other(recipe: Path, still: str) -> None:  # noqa: F811
+    program = recipe.parent / "watched.py"
+    program.write_text(WATCHED)
+    said = launched(str(program), str(recipe), still, *SETTINGS, "training.epochs=1")
+    assert said.count("encoding: False") == 2 * 3  # processes, splits
+    assert said.count("trained: True") == 2

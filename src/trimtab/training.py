@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -60,8 +61,9 @@ def train(
 ) -> Result:
     """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
 
-    Started by torchrun or `accelerate launch`, each process reads and encodes all rows by itself: so none waits for
-    another, which fails after a while, however long that takes. The first alone speaks, calls back, and writes.
+    Started by torchrun or `accelerate launch`, each process reads and encodes all rows by itself, and only then do they
+    find each other: so none waits for another, which fails after a while, however long that takes. The first alone
+    speaks, calls back, and writes.
 
     Args:
         say: gets a line for each thing worth knowing: columns guessed, rows dropped.
@@ -77,10 +79,9 @@ def train(
         what the trained one does, or an unfinished run, or one that cannot be gone on with.
     """
     started = time.perf_counter()
-    arguments = arguments_of(recipe)
     _make_folder(recipe.output)
     transformers.set_seed(recipe.seed)
-    main = arguments.process_index == 0
+    main = os.environ.get("RANK", "0") == "0"
     say = say if main else _silent
     noted: list[str] = []
 
@@ -89,8 +90,10 @@ def train(
         say(line)
 
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note, augmenters)
+    made_with = _made_with(recipe, augmenters)
+    arguments = arguments_of(recipe)
     recipe = _resolved(recipe, task).with_steps(steps_of(arguments, len(rows["train"])))
-    recipe.made_with = _made_with(recipe, augmenters)
+    recipe.made_with = made_with
     with arguments.main_process_first(local=False):
         last = _unfinished(recipe, resume, overwrite)
     _show_examples(task, rows["train"], say)
@@ -332,7 +335,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
-    """What transformers' Trainer is told. Raises: ConfigError."""
+    """What transformers' Trainer is told. Of several processes each waits here for the others. Raises: ConfigError."""
     settings: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),  # without a graphics card it only warns
         "use_cpu": not torch.accelerator.is_available(),  # without it bf16 is refused there
