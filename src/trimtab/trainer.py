@@ -28,6 +28,14 @@ class Trainer(transformers.Trainer):
     The plain one trains and saves such a model too, but reads checkpoints of full models and of HF PEFT only.
     """
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a model that FSDP2 sharded the adapter as well, which all processes gather: the plain one saves shards."""
+        target = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled and isinstance(target, PeftModel):
+            target.save_pretrained(output_dir or str(self.args.output_dir), is_main_process=self.args.should_save)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         if isinstance(target, PeftModel):
@@ -148,7 +156,12 @@ class RunTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **settings: Any) -> Any:
         self.evaluated = dataloader.dataset
-        return super().evaluation_loop(dataloader, *args, **settings)
+        # Before training there is no optimizer, and accelerate shards no model without: each process has all of it.
+        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, self.is_fsdp_enabled and self.optimizer is not None
+        try:
+            return super().evaluation_loop(dataloader, *args, **settings)
+        finally:
+            self.is_fsdp_enabled = sharded
 
     def forget_evaluation(self) -> None:
         """Let training prepare the model anew: accelerate takes one that was evaluated for one that is ready.

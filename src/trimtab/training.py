@@ -21,7 +21,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import distillation, files, layers, record, run
+from . import distillation, files, layers, record, run, weights
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
@@ -115,6 +115,11 @@ def train(
             *_strategies(recipe, model),
         ],
     )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "accelerate was told to shard the model (FSDP), which it does among several graphics cards only. Here each "
+            "process would train a whole one: say so, with ACCELERATE_USE_FSDP=false or in accelerate's config."
+        )
     # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the labels of all
     # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
     trainer.model_accepts_loss_kwargs &= task.divides_loss
@@ -134,7 +139,7 @@ def train(
             arguments.max_steps = _steps(last)
     with _written(recipe.output):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if all(torch.equal(value, start[name]) for name, value in model.named_parameters() if name in start):
+    if all(torch.equal(weights.whole(value), start[name]) for name, value in model.named_parameters() if name in start):
         raise TrainingError("Training changed no weight of the adapter. Is the learning rate far too small?")
     after = {split: scores(trainer, found) for split, found in held_out.items()}
     trainable, total = model.get_nb_trainable_parameters()
