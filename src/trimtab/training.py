@@ -21,7 +21,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import distillation, files, layers, record, run, weights
+from . import distillation, files, layers, record, run, watch, weights
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
@@ -126,7 +126,8 @@ def train(
     if recipe.data.packing:
         _refuse(model, "data.packing", "acts_on_rows", "acts on each row as a whole, which in a block it could not")
         packing.check(model, rows["train"])
-    trainer.try_longest(task.length)
+    with watch.busy("Trying the longest batch"):
+        trainer.try_longest(task.length)
     held_out = {split: found for split, found in rows.items() if split != "train"}
     before = {split: scores(trainer, found) for split, found in held_out.items()}
     _check_metric(arguments, before["validation"])

@@ -46,13 +46,13 @@ def train(
     from ..report import plan, summary
 
     console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
-    say = partial(console.print, markup=False)
+    say, bar = partial(console.print, markup=False), ProgressBar(console)
     text = propose(recipe, model, overrides or []) if model else None
     found = recipes.read(Path("proposed recipe") if text else recipe, overrides or (), say, text)
     if dry_run:
         say(plan(training.planned(found, say)))
         return
-    result = training.train(found, say, [ProgressBar(console)], resume, overwrite)
+    result = training.train(found, say, [bar], resume, overwrite)
     if console.quiet:
         return
     console.print(summary(result.metrics))

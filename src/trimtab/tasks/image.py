@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .. import watch
 from ..errors import DataError
 from . import collection, models
 from .collection import Media
@@ -49,7 +50,7 @@ class ImageTask(MediaTask):
 
     def check(self, files: Sequence[Media]) -> None:
         """Read every file: what cannot be read is to be known before training. Raises: DataError."""
-        for file in files:
+        for file in watch.through("Reading photos", files):
             self.decoded(file)
 
     def features(self, decoded: Sequence[Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import watch
 from ..errors import ConfigError, did_you_mean
 
 Quantization = Literal["none", "int8", "nf4"]
@@ -47,7 +48,7 @@ def outline(auto: str, model: str, head: dict[str, Any]) -> Any:
 def _load(
     auto: Any, model: str, config: Any, quantization: Quantization, plain: list[str], dtype: str
 ) -> tuple[Any, list[str]]:
-    with loading(model):
+    with loading(model), watch.busy("Loading the model"):
         found, report = auto.from_pretrained(
             model,
             config=config,

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from .. import watch
 from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns
@@ -94,7 +95,8 @@ class QuestionAnswering(TextTask):
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         import datasets
 
-        encoded, rows, spans = self._windows(cells["question"], cells["context"])
+        with watch.busy(f"Tokenizing {split}"):
+            encoded, rows, spans = self._windows(cells["question"], cells["context"])
         cut = sum(len(ids) > self.max_length // 3 for ids in self._ids(cells["question"]))
         if cut:
             say(f"{split}: {cut} questions cut to {self.max_length // 3} tokens")

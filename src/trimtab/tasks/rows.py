@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import watch
 from ..errors import DataError, did_you_mean
 from .paths import HubDataset, Source
 
@@ -35,7 +36,7 @@ def read(path: Source) -> Any:
 
     kind, settings = FORMATS[suffix.lower()]
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with watch.busy(f"Reading {path.name}"), tempfile.TemporaryDirectory() as scratch:
             plain = Path(scratch) / f"rows{suffix}"
             _put(path.absolute(), plain)
             rows = datasets.load_dataset(
@@ -53,7 +54,8 @@ def _downloaded(source: HubDataset) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(**source.model_dump())
+        with watch.busy(f"Reading {source}"):
+            return datasets.load_dataset(**source.model_dump())
     except Exception as error:  # of the hub, of the network, of its readers
         raise DataError(f"The dataset {source} cannot be loaded: {_reason(error)}") from None
 
