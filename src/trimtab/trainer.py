@@ -103,7 +103,7 @@ class RunTrainer(Trainer):
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own: Any = self.model
-        if own.config.is_encoder_decoder:
+        if self.write and own.config.is_encoder_decoder:
             inputs = {**inputs, "decoder_input_ids": _decoder_inputs(own, inputs["labels"])}
         items = num_items_in_batch if own.training else None
         self.taught = self.objective.teacher.logits(inputs) if self.objective.teacher and own.training else None

@@ -25,7 +25,7 @@ from . import distillation, files, layers, record, run, watch, weights
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .model import get_peft_model
-from .objective import Distillation, Objective, class_weights
+from .objective import OBJECTIVES, Distillation, Objective, class_weights
 from .optimizers import EMBEDDING_LR, loraplus_rates
 from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
@@ -38,7 +38,6 @@ from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
-CHANGES_LOSS = ("class_weights", "distillation", "label_smoothing_factor")  # what objective.py is about
 NOT_WRITTEN = ("I/O error", "PytorchStreamWriter", "No space left", "unexpected pos")  # of safetensors, and of torch
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
@@ -415,11 +414,15 @@ def _rates(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any
 def _objective(
     recipe: Recipe, arguments: transformers.TrainingArguments, model: Any, task: Any, rows: Any
 ) -> Objective | None:
-    """What is minimized, where the recipe asks for more than the model's own loss. Raises: ConfigError."""
-    asked = {name: recipe.training[name] for name in CHANGES_LOSS if recipe.training.get(name)}
-    if not asked:
+    """What is minimized, where the recipe asks for more than the model's own loss, or that is of one batch only.
+
+    The mean over all labels of accumulated batches is not the mean of their means. Raises: ConfigError.
+    """
+    asked = {name: recipe.training[name] for name in OBJECTIVES if recipe.training.get(name)}
+    if not asked and (task.divides_loss or not task.cross_entropy):
         return None
-    _refuse(model, f"training.{next(iter(asked))}", "makes_loss", "makes a loss of its own")
+    for key in asked:
+        _refuse(model, f"training.{key}", "makes_loss", "makes a loss of its own")
     weights, taught = asked.get("class_weights"), asked.get("distillation")
     return Objective(
         asked.get("label_smoothing_factor", 0.0),

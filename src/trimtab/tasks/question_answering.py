@@ -22,7 +22,7 @@ from ..errors import ConfigError, DataError
 from . import columns
 from .cleaning import Reason
 from .columns import Cells, Say
-from .task import Data, Piece, Task
+from .task import Data, Piece
 from .text import WORDS, TextTask
 
 ANSWER = 30  # tokens of the longest answer that is looked for
@@ -50,7 +50,7 @@ class QuestionAnswering(TextTask):
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
     # Of no use is what is about one label: here there are two, a start and an end.
-    useless: ClassVar[frozenset[str]] = Task.useless | {"label_smoothing_factor", "distillation"}
+    cross_entropy: ClassVar[bool] = False  # two of them, of where an answer starts and ends
 
     unanswerable: bool
 

@@ -71,6 +71,7 @@ class Task(ABC):
     drops: ClassVar[frozenset[cleaning.Reason]] = frozenset()  # what of data.drop is
     augmented: ClassVar[tuple[str, ...]] = ()  # columns with texts whose words may change under the same answer
     useless: ClassVar[frozenset[str]] = frozenset({"class_weights"})  # the keys of training that are of no use to it
+    cross_entropy: ClassVar[bool] = True  # the loss is that, of logits (..., C) and labels (...)
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
