@@ -140,7 +140,10 @@ def train(
     with _written(recipe.output):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if all(torch.equal(weights.whole(value), start[name]) for name, value in model.named_parameters() if name in start):
-        raise TrainingError("Training changed no weight of the adapter. Is the learning rate far too small?")
+        raise TrainingError(
+            f"Training changed no weight of the adapter in {trainer.state.global_step} steps. Is the learning rate far "
+            "too small, or does the warmup (training.warmup_ratio) take all of them?"
+        )
     after = {split: scores(trainer, found) for split, found in held_out.items()}
     trainable, total = model.get_nb_trainable_parameters()
     metrics: dict[str, Any] = {

@@ -47,6 +47,11 @@ def read(path: Source) -> Any:
         if "corresponds to no data" in reason:  # what datasets says of a header alone
             raise DataError(f"{path} holds no rows.") from None
         raise DataError(f"{path} cannot be read: {reason}") from None
+    if kind == "csv" and len(rows.column_names) == 1 and (found := {";", "\t", "|"} & {*rows.column_names[0]}):
+        raise DataError(
+            f"{path} has one column, {rows.column_names[0]!r}. Are {found.pop()!r} what parts them? "
+            "Columns of a .csv are parted by commas, of a .tsv by tabs."
+        )
     return rows
 
 
@@ -103,6 +108,7 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:  # datasets says only that generation failed
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 (byte {error.start}). Convert it: iconv -f LATIN1 -t UTF-8."
+        encoding = "UTF-16" if error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+        return f"it is not UTF-8 (byte {error.start}). Convert it: iconv -f {encoding} -t UTF-8."
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

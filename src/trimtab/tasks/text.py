@@ -28,10 +28,14 @@ class TextTask(Task):
 
     @staticmethod
     def limit(data: Data, model: str, tokenizer: Any) -> int:
-        """data.max_length, or what the model can read. Raises: ConfigError, where it cannot read as much."""
+        """data.max_length, or what the model can read. Raises: ConfigError, where that is less, or leaves nothing."""
         most = models.longest(model, tokenizer)
         if data.max_length and data.max_length > most:
             raise ConfigError(f"data.max_length={data.max_length} is more than the {most} tokens {model} can read.")
+        if data.max_length and data.max_length <= (special := tokenizer.num_special_tokens_to_add()):
+            raise ConfigError(
+                f"data.max_length={data.max_length} leaves no room for words beside the {special} special tokens."
+            )
         return data.max_length or min(most, LONGEST)
 
     def tokenized(self, *texts: Any, **settings: Any) -> Any:
