@@ -172,6 +172,11 @@ class RunTrainer(Trainer):
         model._is_accelerate_prepared = False
         self.accelerator.free_memory()
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        ready = all(config.is_final for config in model.peft_config.values())
+        return ready and super()._determine_best_metric(metrics, trial)
+
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         """The rows as they come: where training groups them by length, Trainer would here, too."""
 
