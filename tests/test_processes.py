@@ -23,7 +23,7 @@ MORE = {
     "with strategies": [
         "training.label_smoothing_factor=0.1", "training.class_weights={praise: 2.0}",
         "training.early_stopping_patience=3", "training.gradual_unfreezing=output", "training.layerwise_lr_decay=0.5",
-        "training.gradient_accumulation_steps=2",
+        "training.gradient_accumulation_steps=2", "training.gradient_checkpointing=true",
     ],
 }  # fmt: skip
 

@@ -350,6 +350,7 @@ def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
         **settings_of(recipe),
         "output_dir": str(recipe.output / CHECKPOINTS),
         "logging_nan_inf_filter": False,
+        "ddp_find_unused_parameters": True,  # those of layers that are frozen for now
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
