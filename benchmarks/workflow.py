@@ -265,7 +265,7 @@ def page(lines: list[str]) -> str:
 # A recipe beside a script
 
 LoRA (r {RANK}, alpha {ALPHA}) by `trimtab train`, and by a script with HF PEFT and `transformers.Trainer`: equal rows,
-models, targets, learning rates, schedules, batches of {BATCH}, the best checkpoint of {COMMON["num_train_epochs"]} epochs.
+models, targets, learning rates and schedules, batches of {BATCH}, {COMMON["num_train_epochs"]} epochs, the best kept.
 Rows trained on and scored: {sizes}.
 Seconds are processor time of the whole process.
 Ours also scores before training, tries the longest batch first, and loads what it saved to check it, which the script
