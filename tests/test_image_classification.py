@@ -213,6 +213,8 @@ def test_what_is_refused(tmp_path: Path, vit: Path) -> None:
     broken = {"red/1.png": red, "blue/1.png": red[:60]}
     path = pack(tmp_path / "e.zip", broken)
     assert "blue/1.png is no image that can be read" in refusal(vit, path, validation=path)
+    odd = pack(tmp_path / "odd.zip", {"red/1.png": red, "blue/1.png": b"no image"})
+    assert "blue/1.png is no image of a known format." in refusal(vit, odd, validation=odd)
     deep = packed(Image.fromarray(np.zeros((4, 4), np.uint16)))
     path = pack(tmp_path / "f.zip", {"red/1.png": red, "blue/1.png": deep})
     assert "has more than 8 bits a channel" in refusal(vit, path, validation=path)

@@ -1,6 +1,7 @@
 """Photos and texts: questions about photos with ViLT, and captions; what is read, and runs that learn colours."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from conftest import WORDS
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainingArguments
 
 from trimtab import recipe as recipes
 from trimtab import run
 from trimtab.errors import ConfigError, DataError
+from trimtab.objective import Objective
 from trimtab.tasks import TASKS, Data
+from trimtab.trainer import RunTrainer
 from trimtab.training import train
 
 COLOURS = {"blue": (40, 60, 220), "red": (220, 60, 40)}
@@ -69,6 +72,83 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Model(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny BLIP, whose start token its tokenizer does not know, as the pretrained one's."""
+    from transformers import BlipConfig, BlipForConditionalGeneration, ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-blip"
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "initializer_range": 0.2}
+    sees = {**small, "image_size": 16, "patch_size": 8, "num_hidden_layers": 1}
+    writes = {**small, "vocab_size": len(VOCABULARY) + 1, "num_hidden_layers": 2, "max_position_embeddings": 32,
+              "encoder_hidden_size": 32, "bos_token_id": len(VOCABULARY), "eos_token_id": 2, "sep_token_id": 3,
+              "pad_token_id": 0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+    config = BlipConfig(text_config=writes, vision_config=sees, projection_dim=32)
+    BlipForConditionalGeneration(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def git(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny GIT."""
+    from transformers import GitConfig, GitForCausalLM, GitProcessor, ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-git"
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "initializer_range": 0.2}
+    sees = {**small, "image_size": 16, "patch_size": 8, "num_hidden_layers": 1}
+    config = GitConfig(vision_config=sees, **small, vocab_size=len(VOCABULARY), num_hidden_layers=2,
+                       max_position_embeddings=32, bos_token_id=2, eos_token_id=3, pad_token_id=0)  # fmt: skip
+    GitForCausalLM(config).save_pretrained(folder)
+    GitProcessor(ViTImageProcessorPil(size={"height": 16, "width": 16}), tokenizer()).save_pretrained(folder)
+    return folder
+
+
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[CLS] {% for part in m['content'] %}"
+    "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %} ? {% else %}"
+    "{{ m['content'][0]['text'] }} [SEP] {% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny LLaVA, which chats about photos: a CLIP sees and a Llama writes."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedTokenizerFast
+    from transformers import LlavaForConditionalGeneration as Model
+    from transformers import LlavaProcessor as Processor
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llava"
+    torch.manual_seed(0)
+    words = [*VOCABULARY, "<image>"]
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sees = CLIPVisionConfig(**small, image_size=16, patch_size=8, initializer_range=0.2)
+    writes = LlamaConfig(**small, vocab_size=len(words), num_key_value_heads=2, max_position_embeddings=64,
+                         initializer_range=0.2, bos_token_id=2, eos_token_id=3, pad_token_id=0)  # fmt: skip
+    config = LlavaConfig(
+        vision_config=sees, text_config=writes, image_token_index=len(VOCABULARY), pad_token_id=0, eos_token_id=3
+    )
+    Model(config).save_pretrained(folder)
+    plain = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    plain.pre_tokenizer = WhitespaceSplit()
+    reads = PreTrainedTokenizerFast(
+        tokenizer_object=plain, unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]",
+        model_max_length=64, extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    side = {"height": 16, "width": 16}
+    Processor(
+        CLIPImageProcessorPil(size=side, crop_size=side), reads, patch_size=8, chat_template=CHAT,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -197,19 +277,53 @@ def test_the_loss_is_that_of_the_caption_and_its_end(tmp_path: Path, captioner: 
     assert model(**batch).loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
     task.reader.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
     assert task.labels("blue") == batch["labels"][2, :2].tolist()  # GPT-2's does not end its texts
+    with pytest.raises(ConfigError, match=r"data\.prefix is of no use: .* is asked nothing beside the photo"):
+        prepare("image-to-text", captioner, train=path, validation=path, prefix="what is it ?")
     _, rows, said = prepare("image-to-text", captioner, train=path, validation=path, max_length=3)
     assert "train: 2 of 3 texts cut to 3 tokens" in said
     assert max(map(len, rows["train"]["labels"])) == 3
 
 
-def test_a_run_learns_to_describe(tmp_path: Path, captioner: Path) -> None:
+@pytest.mark.parametrize("name", ["blip", "git", "llava"])
+def test_the_loss_of_one_sequence_is_that_of_the_caption(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Also where the recipe has an objective of its own."""
+    folder = request.getfixturevalue(name)
+    path = lines(tmp_path / "a.jsonl", [*captions(tmp_path / "p", 2), {"image": "p/0.png", "caption": "blue"}])
+    prefix = {"prefix": "what is the room"} if name == "llava" else {}
+    task, rows, _ = prepare("image-to-text", folder, train=path, validation=path, **prefix)
+    shown = task.show(rows["train"][2])
+    assert shown[-1] == ("blue [SEP]", True)
+    assert shown[1:-1] == ([("[CLS] <image> what is the room ? ", False)] if name == "llava" else [])
+    batch = task.collate([rows["train"][i] for i in range(3)])
+    model, fresh = task.load_model(str(folder), "none")
+    assert fresh == []
+    start = {"blip": [len(VOCABULARY)], "git": [2]}.get(name)
+    if start is None:  # five tokens of the photo, of which the first is not used
+        start = [2, *[len(VOCABULARY)] * 4, *map(VOCABULARY.index, ["[UNK]", "is", "the", "room", "?"])]
+    losses = []
+    for i in range(3):
+        caption = rows["train"][i]["labels"]
+        alone = torch.tensor([start + caption])
+        logits = model.eval()(pixel_values=batch["pixel_values"][i : i + 1], input_ids=alone).logits
+        likely = logits[0, -len(caption) - 1 : -1].log_softmax(-1)
+        losses += (-likely[range(len(caption)), caption]).tolist()
+    assert model(**batch).loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+    settings = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = RunTrainer(tmp_path, task.metrics, Objective(), model=model, args=settings)
+    assert trainer.compute_loss(model.eval(), batch).item() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["captioner", "blip", "git", "llava"])
+def test_a_run_learns_to_describe(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     lines(tmp_path / "a.jsonl", captions(tmp_path / "p", 16))
     lines(tmp_path / "b.jsonl", captions(tmp_path / "q", 4, start=16))
     method = {"name": "lora", "r": 8, "target_modules": "all-linear"}
-    settings = recipe(tmp_path, task="image-to-text", model=str(captioner), method=method,
+    settings = recipe(tmp_path, task="image-to-text", model=str(request.getfixturevalue(name)), method=method,
                       data={"train": "a.jsonl", "validation": "b.jsonl"},
                       training={"epochs": 15, "batch_size": 8, "learning_rate": 0.02,
-                                "generation_max_length": 8})  # fmt: skip
+                                "generation_max_length": 6})  # fmt: skip
     result = train(settings, lambda _: None)
     assert result.metrics["untrained"]["validation"]["chrf"] < 50
     assert result.metrics["validation"]["chrf"] == pytest.approx(100)
@@ -221,10 +335,14 @@ def test_a_run_learns_to_describe(tmp_path: Path, captioner: Path) -> None:
     assert run.merge(result.folder, tmp_path / "merged") < 1e-4
 
 
-def test_what_writes_no_captions(tmp_path: Path, bert: Path, captioner: Path) -> None:
+def test_what_writes_no_captions(tmp_path: Path, bert: Path, captioner: Path, llava: Path) -> None:
     path = lines(tmp_path / "a.jsonl", captions(tmp_path / "p", 2))
-    with pytest.raises(ConfigError, match=r"is a bert model\. This task takes vision-encoder-decoder models"):
+    with pytest.raises(ConfigError, match="is a bert model, which does not write of photos"):
         prepare("image-to-text", bert, train=path, validation=path)
+    mute = shutil.copytree(llava, tmp_path / "mute")
+    (mute / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="is a llava model, and its processor has no chat template"):
+        prepare("image-to-text", mute, train=path, validation=path)
     settings = recipe(
         tmp_path, task="image-to-text", model=str(captioner), data={"train": "a.jsonl", "validation": 0.5}
     )

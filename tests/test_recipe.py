@@ -280,3 +280,9 @@ def test_wrong_datasets_of_the_hub(recipe: Path, tmp_path: Path, monkeypatch: py
         train(recipes.read(recipe, [f"data.train={{path: {path}, split: tset}}"]), lambda _: None)
     with pytest.raises(DataError, match=r"The dataset nobody/nothing, train cannot be loaded: "):
         train(recipes.read(recipe, ["data.train={path: nobody/nothing}"]), lambda _: None)
+
+
+@pytest.mark.parametrize("task", ["text-regression", "rating-prediction", "question-answering"])
+def test_what_changes_a_cross_entropy_is_refused_where_there_is_none(recipe: Path, task: str) -> None:
+    with pytest.raises(RecipeError, match=rf"label_smoothing_factor is of no use to {task}"):
+        recipes.read(recipe, [f"task={task}", "training.label_smoothing_factor=0.1"])

@@ -17,6 +17,7 @@ from trimtab import AdaLoraConfig, LoraConfig, PromptTuningConfig, files, get_pe
 from trimtab import recipe as recipes
 from trimtab.errors import ConfigError
 from trimtab.objective import Objective, class_weights
+from trimtab.tasks.text_classification import TextClassification
 from trimtab.trainer import RunTrainer
 from trimtab.training import Result, arguments_of, planned, train
 
@@ -373,3 +374,17 @@ def test_adalora_goes_on_after_a_break_to_the_same_bits(recipe: Path, step: int)
     settings = [ADALORA, LAST, "training.eval_strategy=steps", "training.eval_steps=1"]
     through = train(changed(recipe, *settings, "output=through"), silent)
     assert same(saved(broken_and_resumed(changed(recipe, *settings), step)), saved(through))
+
+
+def test_the_best_checkpoint_has_its_final_ranks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 18 steps the choice is made at the 16th; the scores only get worse from epoch to epoch."""
+    scores = iter([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    monkeypatch.setattr(TextClassification, "metrics", lambda *_: {"accuracy": next(scores, 0.1)})
+    best: list[Any] = []
+    load = RunTrainer._load_best_model
+    monkeypatch.setattr(
+        RunTrainer, "_load_best_model", lambda self: (best.append(self.state.best_global_step), load(self))
+    )
+    result = train(changed(recipe, ADALORA, "training.epochs=6"), silent)
+    assert best == [18]
+    assert sum(value.shape[0] for name, value in saved(result).items() if "lora_A" in name) == 4  # target_r * sites

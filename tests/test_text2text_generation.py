@@ -142,8 +142,8 @@ def test_smoothed_labels_have_the_same_decoder_inputs(base: Path, pairs: Path, t
     task, rows, _ = prepare(base, pairs)
     model, _ = task.load_model(str(base), "none")
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type=task.task_type))
-    settings = Seq2SeqTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, predict_with_generate=True)
-    trainer = RunTrainer(tmp_path, task.metrics, Objective(0.1), model=model, args=settings)
+    settings = Seq2SeqTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = RunTrainer(tmp_path, task.metrics, Objective(0.1), write=task.write, model=model, args=settings)
     batch = task.collate([rows["train"][0], {"input_ids": [3], "attention_mask": [1], "labels": [1]}])
     model.eval()
     with torch.no_grad():

@@ -137,6 +137,8 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path, bert: Path) -> None:
 def test_more_tokens_than_the_model_can_read_are_refused(tmp_path: Path, bert: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.max_length=33 is more than the 32 tokens"):
         prepare(bert, train=write_csv(tmp_path / "a.csv", ROWS), max_length=33)
+    with pytest.raises(ConfigError, match=r"data\.max_length=2 leaves no room for words beside the 2 special tokens"):
+        prepare(bert, train=write_csv(tmp_path / "a.csv", ROWS), max_length=2)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, bert: Path) -> None:
@@ -148,7 +150,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, bert: Path) -> None:
     assert "empty.csv cannot be read: " in refusal(bert, train=tmp_path / "empty.csv")
     assert "header.csv holds no rows." in refusal(bert, train=write_csv(tmp_path / "header.csv", []))
     (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,a\n".encode("latin-1"))
-    assert "it is not UTF-8" in refusal(bert, train=tmp_path / "latin.csv")
+    assert "it is not UTF-8 (byte 3). Convert it: iconv -f LATIN1" in refusal(bert, train=tmp_path / "latin.csv")
+    (tmp_path / "wide.csv").write_bytes("text,label\na,b\n".encode("utf-16"))
+    assert "it is not UTF-8 (byte 0). Convert it: iconv -f UTF-16" in refusal(bert, train=tmp_path / "wide.csv")
+    (tmp_path / "semicolon.csv").write_text("text;label\na;b\n", encoding="utf-8")
+    assert "has one column, 'text;label'. Are ';' what parts them?" in refusal(bert, train=tmp_path / "semicolon.csv")
+    (tmp_path / "nested.jsonl").write_text('{"text": ["a", "b"], "label": "c"}\n', encoding="utf-8")
+    assert "nested.jsonl, column 'text': A cell holds \"['a', 'b']\"" in refusal(bert, train=tmp_path / "nested.jsonl")
     (tmp_path / "torn.csv").write_text('text,label\n"never closed,a\n', encoding="utf-8")
     assert "torn.csv cannot be read: " in refusal(bert, train=tmp_path / "torn.csv")
     (tmp_path / "torn.jsonl").write_text('{"text": "a", "label"\n', encoding="utf-8")

@@ -1,11 +1,14 @@
 """Token classification: words and tags, which tokens are learned, entity scores, and a run that learns to tag."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from trimtab import recipe as recipes
 from trimtab import run
@@ -113,3 +116,26 @@ output: run
     assert answers[0] == {"entities": [{"type": "thing", "text": "meal"}], "tags": ["O", "B-thing", "O", "O"]}
     assert answers[1]["entities"] == [{"type": "praise", "text": "good"}]
     assert found.task.inputs(tmp_path / "a.jsonl")[0] == "the film was fine".split()
+
+
+def test_accumulated_batches_learn_what_one_would(tmp_path: Path, bert: Path) -> None:
+    """Each label counts alike, also where rows have different numbers of them: 4 batches of 4, or one of 16."""
+    still = tmp_path / "still"
+    shutil.copytree(bert, still)
+    config = json.loads((bert / "config.json").read_text()) | dict.fromkeys(
+        ("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0
+    )
+    (still / "config.json").write_text(json.dumps(config))
+    rows = [{name: values * (1 + i % 3) for name, values in row.items()} for i, row in enumerate(ROWS[:16])]
+    path = write(tmp_path / "a.jsonl", rows)
+    found = []
+    for size, batches in ((16, 1), (4, 4)):
+        training = {"epochs": 2, "batch_size": size, "gradient_accumulation_steps": batches, "optim": "sgd",
+                    "learning_rate": 0.1, "max_grad_norm": 1e9, "lr_scheduler_type": "constant"}  # fmt: skip
+        data = {"train": str(path), "validation": str(path)}
+        settings = {"task": "token-classification", "model": str(still), "data": data, "training": training}
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**settings, "output": f"run{size}"}))
+        result = train(recipes.read(tmp_path / "recipe.yaml"), lambda _: None)
+        found.append(load_file(result.folder / "adapter_model.safetensors"))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)

@@ -194,7 +194,8 @@ def test_a_bad_batch_is_kept(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> N
     compute = Trainer.compute_loss
 
     def blank(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return compute(self, model, inputs, *args, **kwargs) * (0 if self.state.global_step == 2 else 1)
+        loss, outputs = compute(self, model, inputs, *args, **kwargs)
+        return loss * (0 if self.state.global_step == 2 else 1), outputs
 
     monkeypatch.setattr(Trainer, "compute_loss", blank)
     with pytest.raises(TrainingError, match=r"The loss is exactly 0, .* in step 3\. .*bad_batch\.safetensors"):

@@ -334,6 +334,11 @@ class PeftConfig(BaseModel, ABC):
         """Whether the adapters make the model's loss, in place of its own."""
         return False
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the adapters have the shape that training ends with. Before, no checkpoint is the best one."""
+        return True
+
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         """A term to add to the loss in training, or None. `adapters` are this config's, by module name."""
         return None

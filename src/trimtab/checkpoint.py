@@ -156,7 +156,7 @@ def _fill(
         # A base on the meta device has no data yet; the adapter has, and keeps it on the CPU until it is moved.
         device = torch.device("cpu") if weights.device(modules[path]).type == "meta" else weights.device(modules[path])
         for entry, key in own.items():
-            state[entry] = tensors[key].to(device, state[entry].dtype)
+            state[entry] = weights.shared_as(tensors[key].to(device, state[entry].dtype), state[entry])
         adapter.load_state_dict(state, assign=any(value.is_meta for value in adapter.state_dict().values()))
 
 

@@ -10,12 +10,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import evaluation, run
+from . import evaluation, run, watch
 from .errors import ConfigError, TrainingError, did_you_mean
 from .methods import METHODS
 from .recipe import Recipe
@@ -121,22 +121,13 @@ def trials(recipe: Recipe, methods: Iterable[str], tries: int, seeds: Sequence[i
     return found
 
 
-def compare(
-    todo: Sequence[Trial],
-    folder: Path,
-    say: Say = print,
-    track: Callable[[Sequence[Trial]], Iterable[Trial]] = iter,
-) -> Comparison:
-    """Train what is not trained yet, and compare. Writes comparison.json, comparison.md and comparison.png.
-
-    Args:
-        track: goes through the trials, and may show how far.
-    """
+def compare(todo: Sequence[Trial], folder: Path, say: Say = print) -> Comparison:
+    """Train what is not trained yet, and compare. Writes comparison.json, comparison.md and comparison.png."""
     folder.mkdir(parents=True, exist_ok=True)
     task = TASKS[todo[0].recipe.task]
     reached: dict[str, dict[float, list[tuple[float, Trial]]]] = {trial.method: {} for trial in todo}
     failed: dict[str, str] = {}
-    for trial in track(todo):
+    for trial in watch.through("Comparing", todo):
         if trial.method in failed:
             continue
         if failure := _train(trial):

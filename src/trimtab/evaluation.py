@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from . import record, run
+from . import record, run, watch
 from .run import Run
 from .tasks import TASKS
 from .tasks.columns import Say
@@ -72,6 +72,7 @@ def measure(found: Run, rows: Any, callbacks: Iterable[transformers.TrainerCallb
         trainer = RunTrainer(
             Path(scratch),
             task.metrics,
+            write=task.write if task.generates else None,
             model=found.model,
             args=arguments_of(found.recipe.model_copy(update={"output": Path(scratch)})),
             eval_dataset=rows,
@@ -86,7 +87,8 @@ def measure(found: Run, rows: Any, callbacks: Iterable[transformers.TrainerCallb
         places.setdefault(row, []).append(place)
     each = list(places.values())
     samples: dict[str, list[float]] = {name: [] for name in scores}
-    for draw in np.random.default_rng(0).integers(0, len(each), (RESAMPLES, len(each))).tolist():
+    draws = np.random.default_rng(0).integers(0, len(each), (RESAMPLES, len(each))).tolist()
+    for draw in watch.through("Resampling", draws):
         chosen = [place for row in draw for place in each[row]]
         drawn = rows.select(chosen)
         if "row" in rows.column_names:  # a row drawn twice counts as two

@@ -70,8 +70,7 @@ def state(
         if values is not None and full not in values:
             raise CheckpointError(f"state_dict lacks {full}. Give the state dict of the whole model.")
         tensor = adapters[path].state_dict()[entry] if values is None else values[full]
-        gather = getattr(tensor, "full_tensor", None)  # sharded by FSDP2
-        whole = config.packed(path, entry, gather() if gather else tensor).detach().cpu().contiguous()
+        whole = config.packed(path, entry, weights.whole(tensor)).detach().cpu().contiguous()
         found[key] = whole.clone() if whole.data_ptr() in stored else whole  # safetensors writes no storage twice
         stored.add(whole.data_ptr())
     for path, adapter in adapters.items():

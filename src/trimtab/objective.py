@@ -30,6 +30,8 @@ from .errors import ConfigError, did_you_mean
 from .targets import takes
 from .tasks.token_classification import IGNORED
 
+OBJECTIVES = ("class_weights", "distillation", "label_smoothing_factor")  # the keys of training that are about this
+
 
 class Distillation(BaseModel):
     """teacher: a model's folder or hub id, or the folder of a run. temperature: T. weight: a."""

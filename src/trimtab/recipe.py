@@ -41,7 +41,7 @@ from .errors import ConfigError, RecipeError
 from .methods import METHODS
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
-from .objective import Distillation
+from .objective import OBJECTIVES, Distillation
 from .recipe_file import Loc, RecipeFile
 from .tasks import TASKS, Data
 from .tasks.augmentation import Augment
@@ -314,7 +314,8 @@ def _check_together(file: RecipeFile, recipe: Recipe) -> None:
         written = next((short for short, long in SHORT.items() if long == key and not file.has(("training", key))), key)
         return file.error(("training", written), f"training.{written} is of no use {reason}.")
 
-    for key in TASKS[recipe.task].useless & set(given):
+    task = TASKS[recipe.task]
+    for key in task.useless.union(() if task.cross_entropy else OBJECTIVES) & set(given):
         raise refuse(key, f"to {recipe.task}")
     for key, needed in NEEDS.items():
         if key in given and needed not in given:

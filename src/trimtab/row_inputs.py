@@ -198,7 +198,7 @@ class _Batch:
         """How many tokens the rows of this call have, virtual ones left out."""
         if axis == "" and self.given.get("encoder_outputs") is not None:
             whole: Tensor = self.given["encoder_outputs"][0]
-            return whole.shape[1] - max(self.behind[axis])
+            return int(whole.shape[1]) - max(self.behind[axis])
         labels: Any = self.given.get("labels")
         return _length(self.given, axis) or int(labels.shape[1])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from . import checkpoint, watch
 from . import recipe as recipes
 from .adapter import PeftConfig
 from .auto import AutoPeftModel
@@ -68,7 +68,10 @@ def base(recipe: Recipe, task: Task) -> tuple[Any, list[str]]:
             raise ConfigError(
                 f"{recipe.model} writes up to {most} tokens; training.generation_max_length is {length}. Make it less."
             )
-        model.generation_config.update(max_length=length, max_new_tokens=None)
+        if model.config.is_encoder_decoder:
+            model.generation_config.update(max_length=length, max_new_tokens=None)
+        else:  # the longest text is counted without the prompt
+            model.generation_config.update(max_length=None, max_new_tokens=length)
     return model, fresh
 
 
@@ -97,7 +100,8 @@ def merge(folder: Path, output: Path) -> float:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QuantizedMergeWarning)  # measured below
-            found.model.merge_and_unload().save_pretrained(part)
+            with watch.busy("Merging"):
+                found.model.merge_and_unload().save_pretrained(part)
         found.task.save(part)
         merged, _ = found.task.load_model(str(part), "none")
         difference = float((logits(merged, batch) - expected).abs().max())

@@ -30,6 +30,14 @@ class Trainer(transformers.Trainer):
     The plain one trains and saves such a model too, but reads checkpoints of full models and of HF PEFT only.
     """
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a model that FSDP2 sharded the adapter as well, which all processes gather: the plain one saves shards."""
+        target = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled and isinstance(target, PeftModel):
+            target.save_pretrained(output_dir or str(self.args.output_dir), is_main_process=self.args.should_save)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         if isinstance(target, PeftModel):
@@ -52,7 +60,7 @@ def _read(model: PeftModel, folder: Path) -> None:
         checkpoint.load_weights(model, own if files.current(own, files.WEIGHTS).is_file() else folder, name)
 
 
-class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
+class RunTrainer(Trainer):
     """The Trainer of a run: it stops at a loss or gradient that cannot be right, and keeps the batch that gave it."""
 
     def __init__(
@@ -62,11 +70,13 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         objective: Objective | None = None,
         rates: Mapping[nn.Parameter, float] | None = None,
         job: Job | None = None,
+        write: Callable[[Any, dict[str, Any]], Tensor] | None = None,
         **settings: Any,
     ) -> None:
         """metrics: scores of an EvalPrediction and of the rows that it is of, in their order. objective: what is
         minimized in place of the model's own loss. rates: how much of the learning rate parameters have, if not all.
-        job: of several in lockstep, the one that this is."""
+        job: of several in lockstep, the one that this is. write: gives the ids that a model writes for a batch, where
+        scores are of those."""
         super().__init__(
             compute_metrics=lambda found: metrics(found, self.evaluated),
             compute_loss_func=self._loss if objective else None,
@@ -75,6 +85,7 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         self.objective: Objective | None = objective
         self.taught: Tensor | None = None  # the teacher's logits of the batch
         self.rates = rates
+        self.write = write
         self.evaluated: Any = None
         self.output = output
         self.batch: dict[str, Any] = {}
@@ -99,7 +110,7 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own: Any = self.model
-        if self.args.predict_with_generate:  # type: ignore[attr-defined]
+        if self.write and own.config.is_encoder_decoder:
             inputs = {**inputs, "decoder_input_ids": _decoder_inputs(own, inputs["labels"])}
         items = num_items_in_batch if own.training else None
         self.taught = self.objective.teacher.logits(inputs) if self.objective.teacher and own.training else None
@@ -113,7 +124,9 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         objective = self.objective if self.objective and model.training else Objective()
         logits, taught = outputs["logits"], self.taught
         if self._loss_shifts_labels:
-            logits, labels, taught = logits[:, :-1], labels[:, 1:], None if taught is None else taught[:, :-1]
+            size = labels.shape[1]  # GIT's logits have the photo's before the text's
+            logits, labels = logits[:, -size:-1], labels[:, 1:]
+            taught = None if taught is None else taught[:, -size:-1]
         items = objective.count(labels).to(logits.device) if num_items_in_batch is None else num_items_in_batch
         return objective.loss(logits, labels, items, taught)
 
@@ -147,10 +160,24 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
                 "The loss is exactly 0, so that nothing is learned", "other labels: those of this batch are ignored"
             )
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.write is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return loss, self.write(self.model, inputs), inputs["labels"]
+
     def evaluation_loop(self, dataloader: Any, *args: Any, **settings: Any) -> Any:
         self.evaluated = dataloader.dataset
-        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer keeps rows that only fill a batch
-        return super().evaluation_loop(dataloader, *args, **settings)
+        # Before training there is no optimizer, and accelerate shards no model without: each process has all of it.
+        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, self.is_fsdp_enabled and self.optimizer is not None
+        try:
+            return super().evaluation_loop(dataloader, *args, **settings)
+        finally:
+            self.is_fsdp_enabled = sharded
 
     def forget_evaluation(self) -> None:
         """Let training prepare the model anew: accelerate takes one that was evaluated for one that is ready.
@@ -160,6 +187,11 @@ class RunTrainer(Trainer, transformers.Seq2SeqTrainer):
         model: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         model._is_accelerate_prepared = False
         self.accelerator.free_memory()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        ready = all(config.is_final for config in model.peft_config.values())
+        return ready and super()._determine_best_metric(metrics, trial)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         """The rows as they come: where training groups them by length, Trainer would here, too."""

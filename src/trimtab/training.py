@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -21,12 +22,12 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import distillation, files, layers, record, run
+from . import distillation, files, layers, record, run, watch, weights
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .lockstep import Job
 from .model import get_peft_model
-from .objective import Distillation, Objective, class_weights
+from .objective import OBJECTIVES, Distillation, Objective, class_weights
 from .optimizers import EMBEDDING_LR, loraplus_rates
 from .recipe import OWN, UNWARMED, WATCHING, Recipe
 from .run import METRICS, RECIPE, TOLERANCE
@@ -39,7 +40,6 @@ from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
-CHANGES_LOSS = ("class_weights", "distillation", "label_smoothing_factor")  # what objective.py is about
 NOT_WRITTEN = ("I/O error", "PytorchStreamWriter", "No space left", "unexpected pos")  # of safetensors, and of torch
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
 
@@ -63,8 +63,9 @@ def train(
 ) -> Result:
     """Fine-tune as the recipe says, save the adapter, and check that it predicts the same when loaded again.
 
-    Started by torchrun or `accelerate launch`, each process reads and encodes all rows by itself: so none waits for
-    another, which fails after a while, however long that takes. The first alone speaks, calls back, and writes.
+    Started by torchrun or `accelerate launch`, each process reads and encodes all rows by itself, and only then do they
+    find each other: so none waits for another, which fails after a while, however long that takes. The first alone
+    speaks, calls back, and writes.
 
     Args:
         say: gets a line for each thing worth knowing: columns guessed, rows dropped.
@@ -81,10 +82,9 @@ def train(
         what the trained one does, or an unfinished run, or one that cannot be gone on with.
     """
     started = time.perf_counter()
-    arguments = arguments_of(recipe)
     _make_folder(recipe.output)
     transformers.set_seed(recipe.seed)
-    main = arguments.process_index == 0
+    main = os.environ.get("RANK", "0") == "0"
     say = say if main else _silent
     noted: list[str] = []
 
@@ -93,8 +93,10 @@ def train(
         say(line)
 
     task, rows = TASKS[recipe.task].from_data(recipe.data, recipe.model, recipe.seed, note, augmenters)
+    made_with = _made_with(recipe, augmenters)
+    arguments = arguments_of(recipe)
     recipe = _resolved(recipe, task).with_steps(steps_of(arguments, len(rows["train"])))
-    recipe.made_with = _made_with(recipe, augmenters)
+    recipe.made_with = made_with
     with arguments.main_process_first(local=False):
         last = _unfinished(recipe, resume, overwrite)
     _show_examples(task, rows["train"], say)
@@ -105,6 +107,7 @@ def train(
         _objective(recipe, arguments, model, task, rows["train"]),
         _rates(recipe, arguments, model),
         job,
+        task.write if task.generates else None,
         model=model,
         args=arguments,
         train_dataset=rows["train"],
@@ -116,13 +119,19 @@ def train(
             *_strategies(recipe, model),
         ],
     )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "accelerate was told to shard the model (FSDP), which it does among several graphics cards only. Here each "
+            "process would train a whole one: say so, with ACCELERATE_USE_FSDP=false or in accelerate's config."
+        )
     # Heads of classifiers take any keyword, from which Trainer concludes that they divide the loss by the labels of all
     # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
     trainer.model_accepts_loss_kwargs &= task.divides_loss
     if recipe.data.packing:
         _refuse(model, "data.packing", "acts_on_rows", "acts on each row as a whole, which in a block it could not")
         packing.check(model, rows["train"])
-    trainer.try_longest(task.length)
+    with watch.busy("Trying the longest batch"):
+        trainer.try_longest(task.length)
     if job is not None:
         settings = arguments.activation_checkpointing_kwargs or {"use_reentrant": False}
         job.lockstep.join(job, model, settings if arguments.activation_checkpointing else None)
@@ -138,8 +147,11 @@ def train(
             arguments.max_steps = _steps(last)
     with _written(recipe.output):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if all(torch.equal(value, start[name]) for name, value in model.named_parameters() if name in start):
-        raise TrainingError("Training changed no weight of the adapter. Is the learning rate far too small?")
+    if all(torch.equal(weights.whole(value), start[name]) for name, value in model.named_parameters() if name in start):
+        raise TrainingError(
+            f"Training changed no weight of the adapter in {trainer.state.global_step} steps. Is the learning rate far "
+            "too small, or does the warmup (training.warmup_ratio) take all of them?"
+        )
     after = {split: scores(trainer, found) for split, found in held_out.items()}
     trainable, total = model.get_nb_trainable_parameters()
     metrics: dict[str, Any] = {
@@ -339,17 +351,17 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
-    """What transformers' Trainer is told. Raises: ConfigError."""
+    """What transformers' Trainer is told. Of several processes each waits here for the others. Raises: ConfigError."""
     settings: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),  # without a graphics card it only warns
         "use_cpu": not torch.accelerator.is_available(),  # without it bf16 is refused there
         **settings_of(recipe),
         "output_dir": str(recipe.output / CHECKPOINTS),
         "logging_nan_inf_filter": False,
+        "ddp_find_unused_parameters": True,  # those of layers that are frozen for now
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
-        "predict_with_generate": TASKS[recipe.task].generates,
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
     }
     for own in (*OWN, "label_smoothing_factor"):  # what this module and objective.py do themselves
@@ -415,11 +427,15 @@ def _rates(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any
 def _objective(
     recipe: Recipe, arguments: transformers.TrainingArguments, model: Any, task: Any, rows: Any
 ) -> Objective | None:
-    """What is minimized, where the recipe asks for more than the model's own loss. Raises: ConfigError."""
-    asked = {name: recipe.training[name] for name in CHANGES_LOSS if recipe.training.get(name)}
-    if not asked:
+    """What is minimized, where the recipe asks for more than the model's own loss, or that is of one batch only.
+
+    The mean over all labels of accumulated batches is not the mean of their means. Raises: ConfigError.
+    """
+    asked = {name: recipe.training[name] for name in OBJECTIVES if recipe.training.get(name)}
+    if not asked and (task.divides_loss or not task.cross_entropy):
         return None
-    _refuse(model, f"training.{next(iter(asked))}", "makes_loss", "makes a loss of its own")
+    for key in asked:
+        _refuse(model, f"training.{key}", "makes_loss", "makes a loss of its own")
     weights, taught = asked.get("class_weights"), asked.get("distillation")
     return Objective(
         asked.get("label_smoothing_factor", 0.0),

@@ -89,6 +89,22 @@ def is_offloaded(module: nn.Module) -> bool:
     return stored is not None and stored.is_meta and hasattr(module, "_hf_hook")
 
 
+def whole(value: Tensor) -> Tensor:
+    """A tensor of which each process may hold a part; then all of them must ask for it."""
+    gathered: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return gathered
+
+
+def shared_as(value: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, of which each process keeps the part that it has of the other."""
+    if not hasattr(other, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(other, DTensor)
+    return distribute_tensor(value, other.device_mesh, other.placements)
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether each process holds a part of some weight (FSDP2's `fully_shard`, tensor parallelism)."""
     return any(hasattr(stored, "full_tensor") for stored in module.parameters())

@@ -31,19 +31,19 @@ def compare(
 
     quiet()
     from rich.console import Console
-    from rich.progress import track
 
     from .. import comparison
     from .. import recipe as recipes
+    from ..progress import ProgressBar
     from ..report import columns
 
     console = Console(highlight=False)
+    ProgressBar(console)
     say = partial(console.print, markup=False, soft_wrap=True)
     names = comparison.methods_of(methods)
     read = recipes.read(recipe, overrides or (), say)
     folder = read.output.with_name(f"{read.output.name}-compared")
     todo = comparison.trials(read, names, tries, [int(seed) for seed in seeds.split(",")], folder)
-    watched = partial(track, description="Comparing", console=console, disable=not console.is_terminal)
-    found = comparison.compare(todo, folder, say, watched)
+    found = comparison.compare(todo, folder, say)
     shown = [columns(comparison.table(found)), *comparison.failures(found)]
     say("", "\n".join(shown), f"\nThe table, the plot and each run are in {folder}", sep="\n")

@@ -29,8 +29,8 @@ def evaluate(
     from ..report import intervals
 
     console = Console(highlight=False, stderr=as_json)
-    say = partial(console.print, markup=False)
-    found = evaluation.evaluate(folder, file, say, [ProgressBar(console)])
+    say, bar = partial(console.print, markup=False), ProgressBar(console)
+    found = evaluation.evaluate(folder, file, say, [bar])
     if as_json:
         print(json.dumps({"rows": found.rows, "scores": found.scores, "intervals": found.intervals}))
         return

@@ -25,8 +25,12 @@ def init(
     from .quiet import quiet
 
     quiet()
+    from rich.console import Console
+
+    from ..progress import ProgressBar
     from ..propose import propose
 
+    ProgressBar(Console(stderr=True))
     text = propose(data, model, overrides or [])
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(text, encoding="utf-8")

@@ -17,7 +17,11 @@ def merge(
     from .quiet import quiet
 
     quiet()
-    from .. import run
+    from rich.console import Console
 
+    from .. import run
+    from ..progress import ProgressBar
+
+    ProgressBar(Console(stderr=True))
     difference = run.merge(folder, output)
     print(f"Saved the full model in {output}; its outputs differ from the adapter's by at most {difference:.1g}.")

@@ -26,20 +26,20 @@ def predict(
 
     quiet()
     from rich.console import Console
-    from rich.progress import track
 
-    from .. import run
+    from .. import run, watch
+    from ..progress import ProgressBar
     from ..report import predictions
 
+    ProgressBar(Console(stderr=True))
     found = run.load(folder)
     inputs = found.task.inputs(file) if file else found.task.asked(texts or ())
-    console = Console(highlight=False)
     parts = [inputs[start : start + PART] for start in range(0, len(inputs), PART)]
-    watched = track(parts, "Predicting", console=Console(stderr=True), transient=True, disable=not console.is_terminal)
+    watched = watch.through("Predicting", parts)
     answers = [answer for part in watched for answer in found.task.predict(found.model, part)]
     shown = [found.task.title(given) for given in inputs]
     if as_json:
         for text, answer in zip(shown, answers, strict=True):
             print(json.dumps({"input": text, **answer}, ensure_ascii=False))
         return
-    console.print(predictions(shown, answers))
+    Console(highlight=False).print(predictions(shown, answers))

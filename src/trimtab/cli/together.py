@@ -12,7 +12,7 @@ from ..errors import TrainingError
 def together(console: Console, recipes: Sequence[Any], resume: bool, overwrite: bool) -> None:
     """Train recipes at once, show how they get on, and their ranking. Raises: TrainingError, where some failed."""
     from .. import many
-    from ..progress import Board
+    from ..board import Board
     from ..report import columns
     from ..tasks import TASKS
 

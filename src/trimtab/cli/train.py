@@ -53,7 +53,7 @@ def train(
     from .together import together
 
     console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
-    say = partial(console.print, markup=False)
+    say, bar = partial(console.print, markup=False), ProgressBar(console)
     text = propose(recipe, model, overrides or []) if model else None
     paths = [Path("proposed recipe")] if text else given
     all_found = [recipes.read(path, overrides or (), say, text) for path in paths]
@@ -65,7 +65,7 @@ def train(
         together(console, all_found, resume, overwrite)
         return
     [found] = all_found
-    result = training.train(found, say, [ProgressBar(console)], resume, overwrite)
+    result = training.train(found, say, [bar], resume, overwrite)
     if console.quiet:
         return
     console.print(summary(result.metrics))

@@ -76,7 +76,7 @@ class AdaLoraConfig(TargetConfig):
     """AdaLoRA's settings; the steps are steps of the optimizer.
 
     init_r, target_r: rank of every site at first, and on average in the end. total_step: steps of the whole training,
-    which a recipe leaves out. A checkpoint of before the final choice holds all triplets, also where it is the best.
+    which a recipe leaves out. In `trimtab train` no checkpoint of before the final choice counts as the best.
     tinit, tfinal: steps at the start and at the end in which ranks stay. deltaT: steps between two choices.
     beta1, beta2: smoothing of sensitivity and uncertainty. orth_reg_weight: of the penalty R. lora_alpha:
     s = lora_alpha / init_r. lora_dropout: on x. init_lora_weights: False starts at random. rank_pattern: which
@@ -128,6 +128,10 @@ class AdaLoraConfig(TargetConfig):
         if self.target_r > self.init_r:
             raise ValueError(f"ranks are taken away, so target_r is init_r={self.init_r} at most, not {self.target_r}")
         return self
+
+    @property
+    def is_final(self) -> bool:
+        return self.rank_pattern is not None
 
     def resolved(self, model: nn.Module) -> "AdaLoraConfig":
         config = super().resolved(model)

@@ -89,6 +89,10 @@ class UnionConfig(SavedModulesConfig):
     def acts_on_rows(self) -> bool:
         return self.gated  # by the mean over a row
 
+    @property
+    def is_final(self) -> bool:
+        return all(method.is_final for method in self.methods)
+
     def union_of(self) -> list[PeftConfig]:
         return list(self.methods)
 

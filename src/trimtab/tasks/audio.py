@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .. import watch
 from ..errors import DataError
 from . import collection
 from .collection import Media
@@ -62,8 +63,9 @@ class AudioTask(MediaTask):
             return float(extractor.max_length / 100)
         return None
 
-    def seconds(self, file: Media) -> float:
-        return float(len(self.decoded(file)) / self.extractor.sampling_rate)
+    def seconds(self, files: Sequence[Media]) -> list[float]:
+        rate = self.extractor.sampling_rate
+        return [float(len(self.decoded(file)) / rate) for file in watch.through("Reading recordings", files)]
 
     def length(self, row: dict[str, Any]) -> int:
         seconds: float = row["seconds"]

@@ -23,7 +23,7 @@ class AudioClassification(AudioTask, MediaClassification):
             return AutoFeatureExtractor.from_pretrained(model)
 
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
-        seconds = [self.seconds(file) for file in cells["file"]]
+        seconds = self.seconds(cells["file"])
         limit = self.longest()
         if limit is not None and (cut := sum(length > limit for length in seconds)):
             say(f"{split}: {cut} of {len(seconds)} recordings cut to {limit:g} seconds")

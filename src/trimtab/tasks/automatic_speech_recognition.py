@@ -52,7 +52,7 @@ class SpeechRecognition(AudioTask, MediaToText):
         import datasets
 
         labels = [self.labels(text) for text in cells["text"]]
-        seconds = [self.seconds(file) for file in cells["file"]]
+        seconds = self.seconds(cells["file"])
         limit = self.longest() or float("inf")
         if too_long := sum(length > limit for length in seconds):
             say(f"{split}: {too_long} rows dropped, whose recordings are longer than {limit:g} seconds")

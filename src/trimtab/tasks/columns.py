@@ -53,9 +53,12 @@ def clean(
 ) -> Cells:
     """The rows that lack nothing, by the task's names of the columns."""
     check(path, found, names.values())
-    cells = {
-        name: [cell(name, value, found.features[column]) for value in found[column]] for name, column in names.items()
-    }
+    cells: Cells = {}
+    for name, column in names.items():
+        try:
+            cells[name] = [cell(name, value, found.features[column]) for value in found[column]]
+        except DataError as error:
+            raise DataError(f"{path}, column {column!r}: {error}") from None
     kept = [i for i in range(len(found)) if all(cells[name][i] for name in needed)]
     dropped = len(found) - len(kept)
     say(f"{split}: {len(found)} rows read, {len(kept)} kept" + (f", {dropped} empty dropped" if dropped else ""))
@@ -65,7 +68,13 @@ def clean(
 
 
 def text(value: Any, feature: Any = None) -> str:
-    """A cell as text: class numbers by their names, numbers as they were written, what is missing as ''."""
+    """A cell as text: class numbers by their names, numbers as they were written, what is missing as ''.
+
+    Raises:
+        DataError: a cell with several values.
+    """
+    if isinstance(value, dict | list):
+        raise DataError(f"A cell holds {str(value)[:80]!r}, which is neither a text nor a number.")
     if hasattr(feature, "int2str"):  # parquet files can hold class numbers with their names
         return str(feature.int2str(int(value))) if value is not None else ""
     if isinstance(value, float):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .. import watch
 from ..errors import DataError
 from . import collection, models
 from .collection import Media
@@ -32,7 +33,7 @@ class ImageTask(MediaTask):
         return getattr(self.reader, "image_processor", self.reader)
 
     def decoded(self, file: Media) -> Any:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         packed = collection.content(file)
         try:
@@ -41,6 +42,8 @@ class ImageTask(MediaTask):
                     raise DataError(f"{collection.title(file)} has more than 8 bits a channel. Save it with 8.")
                 upright = ImageOps.exif_transpose(image)
                 return (upright.convert("RGBA") if image.mode == "P" else upright).convert(self._mode())
+        except UnidentifiedImageError:
+            raise DataError(f"{collection.title(file)} is no image of a known format.") from None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{collection.title(file)} is no image that can be read: {error}.") from None
 
@@ -49,7 +52,7 @@ class ImageTask(MediaTask):
 
     def check(self, files: Sequence[Media]) -> None:
         """Read every file: what cannot be read is to be known before training. Raises: DataError."""
-        for file in files:
+        for file in watch.through("Reading photos", files):
             self.decoded(file)
 
     def features(self, decoded: Sequence[Any]) -> dict[str, Any]:

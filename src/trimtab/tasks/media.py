@@ -132,10 +132,10 @@ class MediaClassification(Classification, MediaTask):
 
 @dataclass(frozen=True)
 class MediaToText(MediaTask):
-    """A file to what an encoder-decoder writes of it.
+    """A file to what a model writes of it.
 
-    The decoder's inputs are the labels, shifted by the model, which puts its `start` token before them. max_length:
-    tokens of a text.
+    An encoder-decoder's decoder reads the labels, shifted by the model, which puts its `start` token before them.
+    max_length: tokens of a text.
     """
 
     answer: ClassVar[str] = "text"
@@ -153,7 +153,14 @@ class MediaToText(MediaTask):
         """The tokens to write, without `start`."""
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.batch(row["file"] for row in rows), **_targets([row["labels"] for row in rows])}
+        return self.learned(self.batch(row["file"] for row in rows), [row["labels"] for row in rows])
+
+    def learned(self, batch: dict[str, Any], labels: list[list[int]]) -> dict[str, Any]:
+        """The batch with the tokens to write."""
+        import torch
+
+        width = max(map(len, labels))
+        return {**batch, "labels": torch.tensor([padded(row, width, IGNORED, before=False) for row in labels])}
 
     def written(self, evaluation: Any) -> list[str]:
         import numpy as np
@@ -167,7 +174,7 @@ class MediaToText(MediaTask):
 
     def example(self) -> dict[str, Any]:
         noise, labels = self.noise(), self.labels("one two three")[: self.max_length]
-        return {**self.features(noise), **_targets([labels] * len(noise))}
+        return self.learned(self.features(noise), [labels] * len(noise))
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """What the model writes for each file."""
@@ -177,13 +184,6 @@ class MediaToText(MediaTask):
         for start in range(0, len(inputs), BATCH):
             batch = self.batch(inputs[start : start + BATCH])
             with torch.inference_mode():
-                ids = model.eval().generate(**{name: value.to(model.device) for name, value in batch.items()})
+                ids = self.write(model.eval(), {name: value.to(model.device) for name, value in batch.items()})
             found += [{"text": text} for text in self.texts(ids)]
         return found
-
-
-def _targets(labels: list[list[int]]) -> dict[str, Any]:
-    import torch
-
-    width = max(map(len, labels))
-    return {"labels": torch.tensor([padded(row, width, IGNORED, before=False) for row in labels])}

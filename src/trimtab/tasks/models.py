@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import watch
 from ..errors import ConfigError, did_you_mean
 
 Quantization = Literal["none", "int8", "nf4"]
@@ -47,7 +48,7 @@ def outline(auto: str, model: str, head: dict[str, Any]) -> Any:
 def _load(
     auto: Any, model: str, config: Any, quantization: Quantization, plain: list[str], dtype: str
 ) -> tuple[Any, list[str]]:
-    with loading(model):
+    with loading(model), watch.busy("Loading the model"):
         found, report = auto.from_pretrained(
             model,
             config=config,
@@ -112,11 +113,14 @@ def loading(model: str) -> Iterator[None]:
     except ImportError as error:
         if "bitsandbytes" in str(error):
             raise ConfigError("Quantization needs bitsandbytes: pip install 'trimtab[quant]'.") from None
-        raise
+        raise ConfigError(f"The model {model} cannot be loaded: {_first_line(error)}") from None
     except (OSError, ValueError, KeyError) as error:
         folder = Path(model).expanduser()
         if folder.is_absolute() and not folder.is_dir():
             beside = [path.name for path in folder.parent.glob("*") if path.is_dir()]
             raise ConfigError(f"There is no model folder {model}.{did_you_mean(folder.name, beside)}") from None
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"The model {model} cannot be loaded: {reason}") from None
+        raise ConfigError(f"The model {model} cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,12 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from .. import watch
 from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns
 from .cleaning import Reason
 from .columns import Cells, Say
-from .task import Data, Piece, Task
+from .task import Data, Piece
 from .text import WORDS, TextTask
 
 ANSWER = 30  # tokens of the longest answer that is looked for
@@ -49,7 +50,7 @@ class QuestionAnswering(TextTask):
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
     # Of no use is what is about one label: here there are two, a start and an end.
-    useless: ClassVar[frozenset[str]] = Task.useless | {"label_smoothing_factor", "distillation"}
+    cross_entropy: ClassVar[bool] = False  # two of them, of where an answer starts and ends
 
     unanswerable: bool
 
@@ -94,7 +95,8 @@ class QuestionAnswering(TextTask):
     def encode(self, cells: Cells, split: str, say: Say) -> Any:
         import datasets
 
-        encoded, rows, spans = self._windows(cells["question"], cells["context"])
+        with watch.busy(f"Tokenizing {split}"):
+            encoded, rows, spans = self._windows(cells["question"], cells["context"])
         cut = sum(len(ids) > self.max_length // 3 for ids in self._ids(cells["question"]))
         if cut:
             say(f"{split}: {cut} questions cut to {self.max_length // 3} tokens")

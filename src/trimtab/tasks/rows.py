@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import watch
 from ..errors import DataError, did_you_mean
 from .paths import HubDataset, Source
 
@@ -35,7 +36,7 @@ def read(path: Source) -> Any:
 
     kind, settings = FORMATS[suffix.lower()]
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with watch.busy(f"Reading {path.name}"), tempfile.TemporaryDirectory() as scratch:
             plain = Path(scratch) / f"rows{suffix}"
             _put(path.absolute(), plain)
             rows = datasets.load_dataset(
@@ -46,6 +47,11 @@ def read(path: Source) -> Any:
         if "corresponds to no data" in reason:  # what datasets says of a header alone
             raise DataError(f"{path} holds no rows.") from None
         raise DataError(f"{path} cannot be read: {reason}") from None
+    if kind == "csv" and len(rows.column_names) == 1 and (found := {";", "\t", "|"} & {*rows.column_names[0]}):
+        raise DataError(
+            f"{path} has one column, {rows.column_names[0]!r}. Are {found.pop()!r} what parts them? "
+            "Columns of a .csv are parted by commas, of a .tsv by tabs."
+        )
     return rows
 
 
@@ -53,7 +59,8 @@ def _downloaded(source: HubDataset) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(**source.model_dump())
+        with watch.busy(f"Reading {source}"):
+            return datasets.load_dataset(**source.model_dump())
     except Exception as error:  # of the hub, of the network, of its readers
         raise DataError(f"The dataset {source} cannot be loaded: {_reason(error)}") from None
 
@@ -101,6 +108,7 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:  # datasets says only that generation failed
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 (byte {error.start}). Convert it: iconv -f LATIN1 -t UTF-8."
+        encoding = "UTF-16" if error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+        return f"it is not UTF-8 (byte {error.start}). Convert it: iconv -f {encoding} -t UTF-8."
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

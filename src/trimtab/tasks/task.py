@@ -71,6 +71,7 @@ class Task(ABC):
     drops: ClassVar[frozenset[cleaning.Reason]] = frozenset()  # what of data.drop is
     augmented: ClassVar[tuple[str, ...]] = ()  # columns with texts whose words may change under the same answer
     useless: ClassVar[frozenset[str]] = frozenset({"class_weights"})  # the keys of training that are of no use to it
+    cross_entropy: ClassVar[bool] = True  # the loss is that, of logits (..., C) and labels (...)
     task_type: ClassVar[TaskType | None]
     auto: ClassVar[str]  # the name of transformers' Auto class
     metric: ClassVar[str]  # chooses the best checkpoint
@@ -240,6 +241,11 @@ class Task(ABC):
     def reduced(self, logits: Any, labels: Any) -> Any:
         """What `metrics` needs of a batch's logits: all of them would not fit where there is one for each token."""
         return logits
+
+    def write(self, model: Any, batch: dict[str, Any]) -> Any:
+        """Token ids (B, T) of what the model writes for a batch, of which it does not see the labels."""
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        return model.generate(**given, generation_config=model.generation_config)
 
     @abstractmethod
     def metrics(self, evaluation: Any, rows: Any) -> dict[str, float]:

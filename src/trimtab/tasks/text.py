@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .. import watch
 from ..errors import ConfigError, DataError
 from . import columns, models, rows
 from .cleaning import Reason
 from .columns import Say
 from .task import Data, Task
 
+PART = 1000  # texts that are tokenized at a time
 LONGEST = 512  # tokens, where neither the recipe nor the model says less
 WORDS = "the quick brown fox does not jump over 13 lazy dogs , or so they say .".split()
 
@@ -26,14 +28,33 @@ class TextTask(Task):
 
     @staticmethod
     def limit(data: Data, model: str, tokenizer: Any) -> int:
-        """data.max_length, or what the model can read. Raises: ConfigError, where it cannot read as much."""
+        """data.max_length, or what the model can read. Raises: ConfigError, where that is less, or leaves nothing."""
         most = models.longest(model, tokenizer)
         if data.max_length and data.max_length > most:
             raise ConfigError(f"data.max_length={data.max_length} is more than the {most} tokens {model} can read.")
+        if data.max_length and data.max_length <= (special := tokenizer.num_special_tokens_to_add()):
+            raise ConfigError(
+                f"data.max_length={data.max_length} leaves no room for words beside the {special} special tokens."
+            )
         return data.max_length or min(most, LONGEST)
 
     def tokenized(self, *texts: Any, **settings: Any) -> Any:
-        return self.reader(*texts, truncation=True, max_length=self.max_length, **settings)
+        """What the tokenizer makes of lists; of long ones it is shown how far it is."""
+        settings = {"truncation": True, "max_length": self.max_length, **settings}
+        given = [column for column in (*texts, settings.get("text_target")) if column is not None]
+        if len(given[0]) <= PART:
+            return self.reader(*texts, **settings)
+        from transformers import BatchEncoding
+
+        found = []
+        for start in watch.through("Tokenizing", range(0, len(given[0]), PART)):
+
+            def part(value: Any, start: int = start) -> Any:
+                return value[start : start + PART] if isinstance(value, list) else value
+
+            found.append(self.reader(*map(part, texts), **{name: part(value) for name, value in settings.items()}))
+        data = {name: [row for one in found for row in one[name]] for name in found[0]}
+        return BatchEncoding(data, [encoding for one in found for encoding in one.encodings or ()] or None)
 
     def say_cut(self, encoded: Any, split: str, say: Say, what: str = "texts") -> None:
         if cut := sum(bool(encoding.overflowing) for encoding in encoded.encodings or ()):

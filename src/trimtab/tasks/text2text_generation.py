@@ -100,7 +100,7 @@ class Text2TextGeneration(TextTask):
         for texts in self.batches(inputs):
             batch = self.reader.pad(self._sources(texts), return_tensors="pt").to(model.device)
             with torch.inference_mode():
-                written = model.eval().generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                written = self.write(model.eval(), {name: batch[name] for name in ("input_ids", "attention_mask")})
             found += [{"text": text} for text in self._texts(written)]
         return found
 

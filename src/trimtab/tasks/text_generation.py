@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from .. import watch
 from ..adapter import TaskType
 from ..errors import ConfigError, DataError
 from . import columns, packing, rows
@@ -103,7 +104,7 @@ class TextGeneration(TextTask):
 
         found: list[dict[str, Any]] = []
         cut = lost = 0
-        for row in _rows(cells):
+        for row in watch.through(f"Tokenizing {split}", _rows(cells)):
             if "text" in row:
                 found += self._blocks(row["text"])
                 continue

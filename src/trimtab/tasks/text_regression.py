@@ -35,6 +35,7 @@ class TextRegression(TextTask):
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[str] = "rmse"
     higher_is_better: ClassVar[bool] = False
+    cross_entropy: ClassVar[bool] = False  # a squared error
 
     mean: float
     deviation: float

@@ -29,6 +29,7 @@ class VisualQuestionAnswering(ImageTextTask, MediaClassification):
     }
     reads: ClassVar[frozenset[str]] = frozenset({"max_length"})
     auto: ClassVar[str] = "AutoModelForVisualQuestionAnswering"
+    cross_entropy: ClassVar[bool] = False  # a binary one for each class
 
     max_length: int
 
