@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import weights
 from .sites import lineage
 
+FEW = 2**15  # elements of an input, below which calling a function from Python costs more than it saves
 LANES = 2**16  # dropout draws 16 bits for an element, a quarter of the time of PyTorch's floats on a CPU
 
 
@@ -26,6 +27,7 @@ def fits(site: nn.Module, x: Tensor) -> bool:
     """
     return (
         type(x) is Tensor
+        and x.numel() >= FEW
         and x.is_floating_point()
         and not x.is_meta
         and not torch.compiler.is_compiling()
