@@ -31,7 +31,7 @@ LAYERS = [
     {"auto"},
     {"tasks"},
     {"outline", "guess"},
-    {"objective"},
+    {"objective", "causal_loss"},
     {"recipe", "layers"},
     {"run", "trainer", "record", "handbook", "propose"},
     {"distillation"},
