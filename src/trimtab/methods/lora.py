@@ -106,13 +106,15 @@ class LoraAdapter(Adapter):
             low = self._product(site, x, y.dtype, self.A, self.B, p)
             if self.start is not None:
                 low = low - self._product(site, x, y.dtype, self.start.A, self.start.B)
-            y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, *self._change(), self.scale)
+            y = y + low
+        if self.magnitude is not None:
+            y = self.magnitude.rescale(site, y, *self._change(), self.scale)
         y = y if self.bias is None else self.bias.add(site, y)
         return y if self.invocation is None else self.invocation.select(base, y)
 
     def _base_weight(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """W, where y is the base's own output and nobody needs it as it is; else None."""
-        needed = self.start is not None or self.magnitude is not None or self.invocation is not None
+        needed = self.start is not None or self.invocation is not None
         if needed or not kernels.fits(site, x) or not isinstance(site, AnySite) or site.acting() != [self]:
             return None
         return kernels.base_weight(site, x, y)
