@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 # What is tried and demonstrated here must not depend on the network, and two test processes share two cores.
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install check test demo bench docs
+.PHONY: install check test demo bench bench-methods docs
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -35,9 +35,13 @@ test: $(STAMP)
 demo: $(STAMP)
 	@$(RUN) $(BIN)/trimtab demo --output runs/demo
 
-# SST2: a folder with train.jsonl.gz and dev.jsonl.gz, of lines {"text": "...", "label": 0 or 1}. About 40 minutes.
+# ROWS: what is measured, of what takes hours, such as ROWS='--models minilm --shapes 16x64'.
 bench: $(STAMP)
-	@test -n "$(SST2)" || { echo "error: say where SST-2 is: make bench SST2=FOLDER" >&2; exit 2; }
+	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ROWS)
+
+# SST2: a folder with train.jsonl.gz and dev.jsonl.gz, of lines {"text": "...", "label": 0 or 1}. About 40 minutes.
+bench-methods: $(STAMP)
+	@test -n "$(SST2)" || { echo "error: say where SST-2 is: make bench-methods SST2=FOLDER" >&2; exit 2; }
 	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py "$(SST2)"
 
 docs: $(STAMP)

@@ -265,7 +265,7 @@ def page(run: dict[str, Any]) -> str:
     return f"""\
 # Every method on MiniLM and SST-2
 
-Made by `make bench SST2=FOLDER` (benchmarks/methods.py); the same numbers are in [methods.json](methods.json).
+Made by `make bench-methods SST2=FOLDER` (benchmarks/methods.py); the same numbers are in [methods.json](methods.json).
 
 {table}
 What was done: all-MiniLM-L6-v2 (6 layers, width 384) with a new classifier, {run["sentences"]:,} sentences of SST-2's

@@ -15,6 +15,14 @@ torch.set_num_threads(1)  # on models this small threads only wait for each othe
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _fast_forms() -> None:
+    """Tiny models are too small for them, so that they would be tried nowhere. (test_kernels.py has the plain ones.)"""
+    from trimtab import kernels
+
+    kernels.FEW = 0
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     from trimtab.cli.quiet import quiet
 

@@ -249,3 +249,10 @@ def test_masks_of_any_size(size: int) -> None:
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     if size > 4000:  # 6 standard errors are 0.04
         assert abs(mask.mean().item() - 0.75) < 0.04
+
+
+def test_few_rows_take_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FEW", 21)
+    model = one(nn.Linear(5, 7))
+    names = [type(model(torch.randn(rows, 5)).grad_fn).__name__ for rows in (4, 5)]
+    assert names == ["AddBackward0", "_LowRankBackward"]

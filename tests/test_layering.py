@@ -33,7 +33,7 @@ LAYERS = [
     {"auto"},
     {"tasks"},
     {"outline", "guess"},
-    {"objective"},
+    {"objective", "causal_loss"},
     {"recipe", "layers"},
     {"run", "trainer", "record", "handbook", "propose"},
     {"distillation"},

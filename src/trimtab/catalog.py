@@ -39,7 +39,7 @@ MEASURED = """\
 ## Measured
 
 On MiniLM and SST-2, after one epoch of 4,000 sentences; a short training, in which methods that begin slowly stay
-behind. [benchmarks/methods.md](benchmarks/methods.md) says how; `make bench SST2=FOLDER` makes it.
+behind. [benchmarks/methods.md](benchmarks/methods.md) says how; `make bench-methods SST2=FOLDER` makes it.
 """
 
 

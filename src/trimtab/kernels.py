@@ -18,11 +18,17 @@ from torch.nn import functional as F
 from . import weights
 from .sites import lineage
 
+FEW = 2**15  # elements of an input, below which calling a function from Python costs more than it saves
 LANES = 2**16  # dropout draws 16 bits for an element, a quarter of the time of PyTorch's floats on a CPU
 
 
 def fits(site: nn.Module, x: Tensor) -> bool:
-    """Whether the low-rank product at this site may be the function below, which knows linear layers in one dtype.
+    """Whether the low-rank product at this site is to be the function below: it knows how, and it is worth it."""
+    return x.numel() >= FEW and known(site, x)
+
+
+def known(site: nn.Module, x: Tensor) -> bool:
+    """Whether the functions below can do this: linear layers in one dtype.
 
     Compilers, functorch and autocast rewrite formulas, and find none there: they get the plain one.
     """
@@ -160,15 +166,15 @@ class Stacks:
         self.scales = self.of_blocks(
             torch.tensor([s for *_, s in pairs], dtype=x.dtype, device=x.device).view(-1, 1, 1)
         )
-        self.A, self.B = (self.of_blocks(found) for found in self._stacked(x.dtype))
+        with torch.no_grad():
+            self.A, self.B = self._stacked(x.dtype)
 
-    @torch.no_grad()
     def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(pairs, rank, i) and (pairs, rank, o), as products of few rows read them fastest."""
+        """(n, rank, i) and (n, rank, o), as products of few rows read them fastest."""
         As, Bs = [A for A, _, _ in self.pairs], [B.T for _, B, _ in self.pairs]
         if any(len(A) != self.rank for A in As):
             As, Bs = ([F.pad(part, (0, 0, 0, self.rank - len(part))) for part in parts] for parts in (As, Bs))
-        return torch.stack(As).to(dtype), torch.stack(Bs).to(dtype)
+        return self.of_blocks(torch.stack(As).to(dtype)), self.of_blocks(torch.stack(Bs).to(dtype))
 
     def of_blocks(self, stack: Tensor) -> Tensor:
         return stack if self.slots is None else stack[self.slots]
@@ -182,6 +188,12 @@ class Stacks:
     def product(self, x: Tensor, mask: Callable[[], Tensor] | None) -> Tensor:
         """s B A drop(x), as `product` above, each block with its own s, B and A. mask: draws what x is times."""
         return self._apply(x, None, None, mask)
+
+    def plain(self, x: Tensor, mask: Callable[[], Tensor] | None) -> Tensor:
+        """As `product`, in PyTorch's own functions."""
+        A, B = self._stacked(x.dtype)
+        blocks = (x if mask is None else mask() * x).reshape(self.blocks, -1, x.shape[-1])
+        return torch.bmm(torch.bmm(blocks, A.mT) * self.scales, B).view(*x.shape[:-1], -1)
 
     def adapted(self, y: Tensor, x: Tensor, W: Tensor, mask: Callable[[], Tensor] | None) -> Tensor:
         """y = W x + b -> y + s B A drop(x), as `adapted` above."""

@@ -197,10 +197,9 @@ class _Batch:
     def _tokens(self, axis: str) -> int:
         """How many tokens the rows of this call have, virtual ones left out."""
         if axis == "" and self.given.get("encoder_outputs") is not None:
-            whole: Tensor = self.given["encoder_outputs"][0]
-            return int(whole.shape[1]) - max(self.behind[axis])
-        labels: Any = self.given.get("labels")
-        return _length(self.given, axis) or int(labels.shape[1])
+            virtual: int = max(self.behind[axis])
+            return int(self.given["encoder_outputs"][0].shape[1]) - virtual
+        return _length(self.given, axis) or int(self.given["labels"].shape[1])
 
     def _cache(self, values: list[Any]) -> Any:
         views = [value for value in values if isinstance(value, SeenCache)]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import checkpoint, files
+from . import causal_loss, checkpoint, files
 from .errors import TrainingError
 from .lockstep import Job
 from .model import PeftModel
@@ -83,6 +84,7 @@ class RunTrainer(Trainer):
             **settings,
         )
         self.objective: Objective | None = objective
+        self.spares_logits: bool | None = None  # not known yet
         self.taught: Tensor | None = None  # the teacher's logits of the batch
         self.rates = rates
         self.write = write
@@ -108,7 +110,9 @@ class RunTrainer(Trainer):
         What virtual tokens say of a row's first token is left out.
         """
         if self.objective is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            spared = self.model.training and not return_outputs and self._spares_logits(inputs)  # type: ignore[union-attr]
+            with causal_loss.without_logits(self.model) if spared else nullcontext():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own: Any = self.model
         if self.write and own.config.is_encoder_decoder:
             inputs = {**inputs, "decoder_input_ids": _decoder_inputs(own, inputs["labels"])}
@@ -118,6 +122,14 @@ class RunTrainer(Trainer):
         if own.training and (penalty := own.penalty()) is not None:
             loss = loss + penalty / getattr(self, "current_gradient_accumulation_steps", 1)  # once a step
         return (loss, outputs) if return_outputs else loss
+
+    def _spares_logits(self, batch: dict[str, Any]) -> bool:
+        """Whether the model's loss can be made without its logits; found out at the first batch."""
+        if self.spares_logits is None:
+            # fp16's gradients are scaled only after they are taken, when those of small chunks would be zeros.
+            fixed = self.args.fp16 or self.args.torch_compile
+            self.spares_logits = not fixed and causal_loss.is_right(self.model, batch)
+        return self.spares_logits
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         model: Any = self.model

@@ -36,14 +36,14 @@ class Magnitude(nn.Module):
         norms = _norms(site, A, B, scale)
         return self.value.flatten() / norms.clamp_min(torch.finfo(norms.dtype).tiny)  # a row of zeros stays one
 
-    def rescale(self, site: nn.Module, y: Tensor, low: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """y = W x + b and low = s B A x -> g (W x + s B A x) + b, written so that g = 1 changes no bit of y."""
+    def rescale(self, site: nn.Module, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """y = W x + s B A x + b -> g (y - b) + b, written so that g = 1 changes no bit of y."""
         g = self.factor(site, A, B, scale).to(y.dtype)
         bias = own_bias(site)
         if isinstance(site, weights.CONVOLUTIONS):
             g = g.view(-1, *[1] * len(site.kernel_size))
             bias = None if bias is None else bias.view_as(g)
-        return y + (g - 1) * (y if bias is None else y - bias) + g * low
+        return torch.addcmul(y, g - 1, y if bias is None else y - bias)
 
     def fold(self, site: nn.Module, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """W + s B A -> g (W + s B A)."""

@@ -14,7 +14,6 @@ product twice, and an adapter must mean the same in both libraries.
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -108,13 +107,15 @@ class LoraAdapter(Adapter):
             low = self._product(site, x, y.dtype, self.A, self.B, p)
             if self.start is not None:
                 low = low - self._product(site, x, y.dtype, self.start.A, self.start.B)
-            y = y + low if self.magnitude is None else self.magnitude.rescale(site, y, low, *self._change(), self.scale)
+            y = y + low
+        if self.magnitude is not None:
+            y = self.magnitude.rescale(site, y, *self._change(), self.scale)
         y = y if self.bias is None else self.bias.add(site, y)
         return y if self.invocation is None else self.invocation.select(base, y)
 
     def _base_weight(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """W, where y is the base's own output and nobody needs it as it is; else None."""
-        needed = self.start is not None or self.magnitude is not None or self.invocation is not None
+        needed = self.start is not None or self.invocation is not None
         if needed or not kernels.fits(site, x) or not isinstance(site, AnySite) or not site.acts_alone(self):
             return None
         return kernels.base_weight(site, x, y)
@@ -223,45 +224,52 @@ def _add_products(
 ) -> Tensor:
     """y + s B A drop(x) with each row's own s, B, A; x (rows, ..., in), y (rows, ..., out). own: as `after_groups`."""
     units = rows.units(tuple([group.name for _, group in members]))
-    W = kernels.base_weight(site, x, y) if own and units.rows is None and kernels.fits(site, x) else None
+    W = kernels.base_weight(site, x, y) if own and units.rows is None and kernels.known(site, x) else None
     if units.rows is not None:
         x = x[units.rows.to(x.device)]
-    rates = [one.dropout if one.training else 0.0 for one, _ in members] if site.training else []
-    masks = _masks([group for _, group in members], rates, x, rows) if any(rates) else None
+    rates = [one.dropout if one.training else 0.0 for one, _ in members] if site.training else [0.0] * len(members)
+    dropped = [_Dropped(site, group, p, x, rows) for (_, group), p in zip(members, rates, strict=True)]
     key = id(site), rank, x.dtype
     stacks = None if torch.is_grad_enabled() else rows.kept.get(key)
     if stacks is None:
+        enlarged = [one.scale * own.enlarged for (one, _), own in zip(members, dropped, strict=True)]
         pairs: list[tuple[Tensor, Tensor, float]] = [
-            (one.A, one.B, one.scale * kernels.enlarged(p))
-            for (one, _), p in zip(members, rates or [0.0] * len(members), strict=True)
+            (one.A, one.B, s) for (one, _), s in zip(members, enlarged, strict=True)
         ]
         stacks = kernels.Stacks(pairs, rank, units.count, units.slots, x)
         if not torch.is_grad_enabled():
             rows.kept[key] = stacks
+    mask = None
+    if any(rates):
+        groups = [group for _, group in members]
+
+        def mask() -> Tensor:
+            joined: Tensor = rows.joined(groups, [own.mask(x) for own in dropped])
+            return joined
+
     if W is not None:
-        return stacks.adapted(y, x, W, masks)
-    low = stacks.product(x, masks).to(y.dtype)
+        return stacks.adapted(y, x, W, mask)
+    low = (stacks.product if kernels.known(site, x) else stacks.plain)(x, mask).to(y.dtype)
     return y + low if units.rows is None else y.index_add(0, units.rows.to(y.device), low)
 
 
-def _masks(groups: list[Group], rates: list[float], x: Tensor, rows: Rows) -> Callable[[], Tensor]:
-    """What draws, the same again and again, 1 where the dropout of each group keeps an element of x, else 0."""
-    seeds = []
-    for group, p in zip(groups, rates, strict=True):
-        with rows.turn(group):
-            seeds.append(kernels.seed(p))
+class _Dropped:
+    """The dropout of one group, as `_product` has it for these rows alone: each mask is drawn once, or from a seed."""
 
-    def draw() -> Tensor:
-        parts = []
-        for group, p, seed in zip(groups, rates, seeds, strict=True):
-            size = len(group.rows), *x.shape[1:]
-            if group.length is not None and x.dim() == 3:
-                size = size[0], group.length, size[2]
-            parts.append(kernels.mask(x.new_empty(size), p, seed))
-        joined: Tensor = rows.joined(groups, parts)
-        return joined
+    def __init__(self, site: nn.Module, group: Group, p: float, x: Tensor, rows: Rows) -> None:
+        length = x.shape[1] if group.length is None or x.dim() < 3 else group.length
+        self.size = (len(group.rows), length, *x.shape[2:])[: x.dim()]
+        self.p, self.fixed, self.seed = p, None, 0
+        if p:
+            with rows.turn(group):
+                if kernels.fits(site, x.new_empty(self.size)):
+                    self.seed = kernels.seed(p)
+                else:
+                    self.fixed = F.dropout(x.new_ones(self.size), p)
+        self.enlarged = kernels.enlarged(p) if self.fixed is None else 1.0
 
-    return draw
+    def mask(self, x: Tensor) -> Tensor:
+        return kernels.mask(x.new_empty(self.size), self.p, self.seed) if self.fixed is None else self.fixed
 
 
 class LoraConfig(TargetConfig):
