@@ -14,7 +14,7 @@ from conftest import review, trimtab, write_csv
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trimtab import files, many, record
+from trimtab import causal_loss, files, many, record
 from trimtab import recipe as recipes
 from trimtab.errors import ConfigError, TrainingError
 from trimtab.many import train_many
@@ -92,7 +92,11 @@ def test_at_equal_shapes_the_bits_are_those_of_a_job_alone(folder: Path) -> None
         assert losses(one) == losses(other)
 
 
-def test_a_causal_model_with_checkpointed_layers(folder: Path, llama: Path) -> None:
+@pytest.mark.parametrize("chunk", [2**23, 64])  # logits that are made at a time: all are few enough, or none
+def test_a_causal_model_with_checkpointed_layers(
+    folder: Path, llama: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_loss, "CHUNK", chunk)
     write_csv(
         folder / "train.csv", [(review(i)[0] + " very" * (i % 4), "yes") for i in range(24)], ("prompt", "response")
     )
@@ -155,8 +159,10 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import transformers
-from trimtab import recipe as recipes
+from trimtab import kernels, recipe as recipes
 from trimtab.many import train_many
+
+kernels.FEW = 0  # as in this process
 
 class Killed(transformers.TrainerCallback):
     def on_save(self, args, state, control, **kwargs):

@@ -74,7 +74,10 @@ def without_logits(model: Any) -> Iterator[None]:
 
 
 def is_right(model: Any, batch: dict[str, Any]) -> bool:
-    """Whether the loss in `without_logits` is the model's own; tried on the row of a batch that has most labels."""
+    """Whether the logits of such a batch are more than a chunk, and the loss in `without_logits` is the model's own.
+
+    That is tried on the row that has most labels.
+    """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head = model.get_output_embeddings()
@@ -86,14 +89,16 @@ def is_right(model: Any, batch: dict[str, Any]) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            expected = model(**one).loss
+            plain = model(**one)
+            if batch["labels"].numel() * plain.logits.shape[-1] <= CHUNK:
+                return False
             with without_logits(model):
                 found = model(**one).loss
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError):  # what a head that is none may lead to
         return False
     finally:
         model.train(training)
-    return torch.allclose(found, expected, rtol=1e-3, equal_nan=True)
+    return torch.allclose(found, plain.loss, rtol=1e-3, equal_nan=True)
 
 
 def cross_entropy(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, items: Tensor, rows: int) -> Tensor:

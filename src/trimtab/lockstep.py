@@ -321,8 +321,13 @@ class Lockstep:
             _share(model, self.plain)
         return model, fresh
 
-    def join(self, job: Job, model: Any, checkpointing: Any = None) -> None:
-        """Let the job's model, with its adapter on it, meet the others'. checkpointing: settings, if it is wanted."""
+    def join(self, job: Job, model: Any, apart: nn.Module | None = None, checkpointing: Any = None) -> None:
+        """Let the job's model, with its adapter on it, meet the others'.
+
+        Args:
+            apart: a part that the job calls by itself.
+            checkpointing: settings, if layers are to be checkpointed.
+        """
         if job.alone:
             return
         own, modules = trunk(model), dict(self.base.named_modules())
@@ -331,6 +336,8 @@ class Lockstep:
             if path.partition(".")[0] in parts and "." in path:
                 sites.add(modules[path], modules[path.rpartition(".")[0]], job.name, adapter, self.active)
         for name, part in parts.items():
+            if part is apart:
+                continue
             vars(part)["_part"] = Part(job, name)
             sites.swap_in(part, Meeting)
         if checkpointing is not None:

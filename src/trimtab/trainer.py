@@ -124,7 +124,7 @@ class RunTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _spares_logits(self, batch: dict[str, Any]) -> bool:
-        """Whether the model's loss can be made without its logits; found out at the first batch."""
+        """Whether the model's loss can be made without its logits, and they are many; found out at the first batch."""
         if self.spares_logits is None:
             # fp16's gradients are scaled only after they are taken, when those of small chunks would be zeros.
             fixed = self.args.fp16 or self.args.torch_compile

@@ -134,7 +134,8 @@ def train(
         trainer.try_longest(task.length)
     if job is not None:
         settings = arguments.activation_checkpointing_kwargs or {"use_reentrant": False}
-        job.lockstep.join(job, model, settings if arguments.activation_checkpointing else None)
+        head = model.get_output_embeddings() if trainer.spares_logits else None
+        job.lockstep.join(job, model, head, settings if arguments.activation_checkpointing else None)
     held_out = {split: found for split, found in rows.items() if split != "train"}
     before = {split: scores(trainer, found) for split, found in held_out.items()}
     _check_metric(arguments, before["validation"])
