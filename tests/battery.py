@@ -531,7 +531,8 @@ def rows_of_one_batch_have_their_own(case: Case) -> None:
         else:
             with model.disable_adapter():
                 close(mixed[i], run(model, rows)[i])
-    far(mixed[0], run(model, rows)[0])
+    with model.disable_adapter():
+        far(mixed[0], run(model, rows)[0])
 
 
 def deleting_leaves_the_others(case: Case) -> None:

@@ -140,6 +140,19 @@ def test_a_job_can_be_cancelled_and_the_others_are_not_changed(folder: Path) -> 
     assert len(losses(both[1])) == 2
 
 
+def test_a_job_that_joins_late_is_changed_by_nothing(folder: Path) -> None:
+    write_csv(folder / "train.csv", [review(i) for i in range(24)])
+    own = {"a": ["training.epochs=1"], "b": ["method.lora_dropout=0.1"], "c": ["training.seed=5", "method.r=3"]}
+    first = [read(folder, f"first-{name}", *more) for name, more in own.items()]
+    train_many(first, silent)
+    then = [read(folder, name, *more) for name, more in own.items()]
+    ranking = train_many(then, silent, at_once=2)  # c begins when a has ended
+    assert 0.5 < ranking.shared < 1
+    for one, other in zip(first, then, strict=True):
+        mine, its = weights(one), weights(other)
+        assert [key for key in mine if not torch.equal(mine[key], its[key])] == [], other.output.name
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -8,7 +8,7 @@ others mostly keep as well, not one that is cast or dropped. The mask of its dro
     N = batch x length, i and o: the layer's inputs and outputs, r: the rank
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -152,106 +152,136 @@ def _grad_x(g: Tensor, grad_h: Tensor, A: Tensor, W: Tensor | None, mask: Tensor
 
 
 class Stacks:
-    """The pairs of several adapters for one batch, of which each has some blocks of rows: n blocks in all.
+    """Pairs of several adapters for one batch, each of which has some blocks of its rows: n blocks in all.
 
     Pairs are A (r, i), B (o, r) and s, r up to `rank`, to which they are filled up with zeros.
     """
 
     def __init__(
-        self, pairs: list[tuple[Tensor, Tensor, float]], rank: int, blocks: int, slots: Tensor | None, x: Tensor
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor, float]],
+        rank: int,
+        blocks: int,
+        slots: Tensor | None,
+        rows: Tensor | None,
+        x: Tensor,
     ) -> None:
-        """slots: (n,) the pair of each block; None where that is the order of the pairs. x: as those to come."""
+        """slots: (n,) the pair of each block; None where that is the order of the pairs. rows: those of the batch that
+        the blocks are, None for all. x: a batch such as there will be."""
         self.pairs, self.rank, self.blocks = pairs, rank, blocks
-        self.slots = None if slots is None else slots.to(x.device)
-        self.scales = self.of_blocks(
+        self.slots, self.rows = (None if own is None else own.to(x.device) for own in (slots, rows))
+        self.scales = self._of_blocks(
             torch.tensor([s for *_, s in pairs], dtype=x.dtype, device=x.device).view(-1, 1, 1)
         )
         with torch.no_grad():
-            self.A, self.B = self._stacked(x.dtype)
+            self.A, self.B = self.stacked(x.dtype)
 
-    def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(n, rank, i) and (n, rank, o), as products of few rows read them fastest."""
         As, Bs = [A for A, _, _ in self.pairs], [B.T for _, B, _ in self.pairs]
         if any(len(A) != self.rank for A in As):
             As, Bs = ([F.pad(part, (0, 0, 0, self.rank - len(part))) for part in parts] for parts in (As, Bs))
-        return self.of_blocks(torch.stack(As).to(dtype)), self.of_blocks(torch.stack(Bs).to(dtype))
+        return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype))
 
-    def of_blocks(self, stack: Tensor) -> Tensor:
+    def _of_blocks(self, stack: Tensor) -> Tensor:
         return stack if self.slots is None else stack[self.slots]
 
-    def of_pairs(self, grads: Tensor) -> Tensor:
-        """The sums over the blocks of each pair."""
-        if self.slots is None:
-            return grads
-        return grads.new_zeros(len(self.pairs), *grads.shape[1:]).index_add_(0, self.slots, grads)
+    def of_pairs(self, grads: Tensor) -> tuple[Tensor, ...]:
+        """For each pair the sum over its blocks, without what fills up its rank."""
+        if self.slots is not None:
+            grads = grads.new_zeros(len(self.pairs), *grads.shape[1:]).index_add_(0, self.slots, grads)
+        return tuple(grad[: len(A)] for grad, (A, _, _) in zip(grads.unbind(), self.pairs, strict=True))
 
-    def product(self, x: Tensor, mask: Callable[[], Tensor] | None) -> Tensor:
-        """s B A drop(x), as `product` above, each block with its own s, B and A. mask: draws what x is times."""
-        return self._apply(x, None, None, mask)
+    def of(self, batch: Tensor) -> Tensor:
+        """The blocks in a batch (rows, ..., m): (n, N / n, m)."""
+        own = batch if self.rows is None else batch[self.rows]
+        return own.reshape(self.blocks, -1, batch.shape[-1])
 
-    def plain(self, x: Tensor, mask: Callable[[], Tensor] | None) -> Tensor:
-        """As `product`, in PyTorch's own functions."""
-        A, B = self._stacked(x.dtype)
-        blocks = (x if mask is None else mask() * x).reshape(self.blocks, -1, x.shape[-1])
-        return torch.bmm(torch.bmm(blocks, A.mT) * self.scales, B).view(*x.shape[:-1], -1)
+    def add(self, batch: Tensor, h: Tensor, stack: Tensor) -> None:
+        """batch += h stack, of blocks h (n, N / n, rank) and a stack (n, rank, m), in place."""
+        if self.rows is None:
+            batch.view(self.blocks, -1, batch.shape[-1]).baddbmm_(h, stack)
+        else:
+            batch.index_add_(0, self.rows, torch.bmm(h, stack).view(len(self.rows), *batch.shape[1:]))
 
-    def adapted(self, y: Tensor, x: Tensor, W: Tensor, mask: Callable[[], Tensor] | None) -> Tensor:
-        """y = W x + b -> y + s B A drop(x), as `adapted` above."""
-        return self._apply(x, W, y.detach(), mask)
 
-    def _apply(self, x: Tensor, W: Tensor | None, y: Tensor | None, mask: Callable[[], Tensor] | None) -> Tensor:
-        parts = [part for A, B, _ in self.pairs for part in (A, B)]
-        result: Tensor = _LowRanks.apply(x, W, y, self, mask, *parts)  # type: ignore[no-untyped-call]
-        return result
+Mask = Callable[[], Tensor]  # draws, the same each time, what dropout has x times: as x
+
+
+def products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask | None) -> Tensor:
+    """s B A drop(x) with each row's own s, B and A, as `product` above; 0 for rows that are in no stack."""
+    return _apply_stacks(x, None, x.new_zeros(*x.shape[:-1], outputs), stacks, mask)
+
+
+def all_adapted(y: Tensor, x: Tensor, W: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> Tensor:
+    """y = W x + b -> y + s B A drop(x) with each row's own s, B and A, as `adapted` above."""
+    return _apply_stacks(x, W, y.detach(), stacks, mask)
+
+
+def plain_products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask | None) -> Tensor:
+    """As `products`, in PyTorch's own functions."""
+    x = x if mask is None else mask() * x
+    low = x.new_zeros(*x.shape[:-1], outputs)
+    for own in stacks:
+        A, B = own.stacked(x.dtype)
+        found = torch.bmm(torch.bmm(own.of(x), A.mT) * own.scales, B)
+        if own.rows is None:
+            low = low + found.view(low.shape)
+        else:
+            low = low.index_add(0, own.rows, found.view(len(own.rows), *low.shape[1:]).to(low.dtype))
+    return low
+
+
+def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> Tensor:
+    parts = [part for own in stacks for A, B, _ in own.pairs for part in (A, B)]
+    result: Tensor = _LowRanks.apply(x, W, y, stacks, mask, *parts)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _LowRanks(torch.autograd.Function):
+    """One for all stacks of a batch, so that gradients of x are added up in one order, whoever else is in it."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         W: Tensor | None,
-        y: Tensor | None,
-        stacks: Stacks,
-        mask: Callable[[], Tensor] | None,
+        y: Tensor,
+        stacks: Sequence[Stacks],
+        mask: Mask | None,
         *parts: Tensor,  # noqa: ARG004 - for their gradients
     ) -> Tensor:
-        blocks = (x if mask is None else mask().mul_(x)).reshape(stacks.blocks, -1, x.shape[-1])
-        h = torch.bmm(blocks, stacks.A.mT).mul_(stacks.scales)  # (n, N / n, r)
-        if y is None:
-            y = torch.bmm(h, stacks.B).view(*x.shape[:-1], -1)
-        else:
-            ctx.mark_dirty(y)
-            y.view(stacks.blocks, -1, y.shape[-1]).baddbmm_(h, stacks.B)
+        dropped = x if mask is None else mask().mul_(x)
+        hs = [torch.bmm(own.of(dropped), own.A.mT).mul_(own.scales) for own in stacks]  # (n, N / n, r) each
+        for own, h in zip(stacks, hs, strict=True):
+            own.add(y, h, own.B)
+        ctx.mark_dirty(y)
         ctx.stacks, ctx.mask = stacks, mask
-        ctx.save_for_backward(x, h, W)
+        ctx.save_for_backward(x, W, *hs)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, W = ctx.saved_tensors
-        stacks, mask = ctx.stacks, None if ctx.mask is None else ctx.mask()
-        g = grad.reshape(stacks.blocks, -1, grad.shape[-1])  # (n, N / n, o)
-        grad_h = torch.bmm(g, stacks.B.mT).mul_(stacks.scales)
-        grads: list[Tensor | None] = [None] * (2 * len(stacks.pairs))
+        x, W, *hs = ctx.saved_tensors
+        mask = None if ctx.mask is None else ctx.mask()
+        gs = [own.of(grad) for own in ctx.stacks]  # (n, N / n, o) each
+        grad_hs = [torch.bmm(g, own.B.mT).mul_(own.scales) for g, own in zip(gs, ctx.stacks, strict=True)]
+        grads: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 5)
         if any(ctx.needs_input_grad[5:]):
-            blocks = (x if mask is None else mask * x).reshape(stacks.blocks, -1, x.shape[-1])
-            grad_A = stacks.of_pairs(torch.bmm(grad_h.mT, blocks)).unbind()
-            grad_B = stacks.of_pairs(torch.bmm(h.mT, g)).unbind()
-            for i, (A, _, _) in enumerate(stacks.pairs):
-                grads[2 * i], grads[2 * i + 1] = grad_A[i][: len(A)], grad_B[i][: len(A)].T
+            grads = []
+            dropped = x if mask is None else mask * x
+            for own, g, h, grad_h in zip(ctx.stacks, gs, hs, grad_hs, strict=True):
+                grad_As = own.of_pairs(torch.bmm(grad_h.mT, own.of(dropped)))
+                grad_Bs = own.of_pairs(torch.bmm(h.mT, g))
+                for grad_A, grad_B in zip(grad_As, grad_Bs, strict=True):
+                    grads += [grad_A, grad_B.T]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            through = None if mask is None else mask.view(*g.shape[:2], -1)
-            if W is None:
-                grad_x = torch.bmm(grad_h, stacks.A)
-                grad_x = grad_x if through is None else through.mul_(grad_x)
-            else:
-                grad_x = g @ W
-                if through is None:
-                    grad_x.baddbmm_(grad_h, stacks.A)
-                else:
-                    grad_x.add_(through.mul_(torch.bmm(grad_h, stacks.A)))
-            grad_x = grad_x.view(x.shape)
+            grad_x = torch.zeros_like(x) if W is None else grad @ W
+            low = grad_x if mask is None else torch.zeros_like(grad_x)
+            for own, grad_h in zip(ctx.stacks, grad_hs, strict=True):
+                own.add(low, grad_h, own.A)
+            if mask is not None:
+                grad_x.add_(low.mul_(mask))
         return grad_x, None, None, None, None, *grads

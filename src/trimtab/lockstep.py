@@ -263,21 +263,27 @@ class Lockstep:
         self.fresh: list[str] = []
         self.draws = False  # whether the base draws random numbers in training
 
-    def run(self, runs: Iterable[Callable[[Job], Any]]) -> list[Job]:
-        """All of these to their ends. An error of a job is kept in it, and stops no other."""
+    def run(self, runs: Iterable[Callable[[Job], Any]], at_once: int | None = None) -> list[Job]:
+        """All of these to their ends. An error of a job is kept in it, and stops no other.
+
+        Args:
+            at_once: how many go on at a time; where one ends the next one joins. All, by default.
+        """
         before = Randomness.now()
         self.jobs = [Job(f"job{number}", run, self, Randomness.now()) for number, run in enumerate(runs)]
-        for job in self.jobs:
-            threading.Thread(target=self._whole, args=(job,), daemon=True).start()
+        later, going = list(self.jobs), list[Job]()
         try:
-            ready, waiting = list(self.jobs), list[Job]()
-            while ready:
+            while later or going:
+                ready = self._serve(going)
+                while later and len(going) < (at_once or len(self.jobs)):
+                    going.append(later.pop(0))
+                    ready.append(going[-1])
+                    threading.Thread(target=self._whole, args=(going[-1],), daemon=True).start()
                 for job in ready:
                     self._resume(job)
-                waiting = [job for job in self.jobs if not job.done]
-                ready = self._serve(waiting)
+                going = [job for job in going if not job.done]
         finally:
-            for job in self.jobs:
+            for job in going:
                 if not job.done:
                     job.failure = Cancelled()
                     self._resume(job)

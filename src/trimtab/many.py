@@ -57,6 +57,7 @@ def train_many(
     callbacks: Callable[[str], Iterable[transformers.TrainerCallback]] = lambda _: (),
     resume: bool = False,
     overwrite: bool = False,
+    at_once: int | None = None,
 ) -> Ranking:
     """Train several recipes at once, over one base. Each gives what `train` gives for it alone, in its own folder.
 
@@ -68,6 +69,7 @@ def train_many(
         callbacks: for the Trainer of the recipe of a name.
         resume: go on with those that did not finish, leave those that did as they are, and begin the others.
         overwrite: throw unfinished runs away, which otherwise are refused.
+        at_once: how many are trained at a time, all by default; where one ends the next one joins the others.
     Raises:
         ConfigError: recipes that cannot share a base, or that have one output folder.
     """
@@ -90,7 +92,7 @@ def train_many(
         return train(recipe, partial(tell, name), callbacks(name), resume, overwrite, job=job)
 
     todo = [name for name in named if name not in ended]
-    for name, job in zip(todo, lockstep.run([partial(run, name) for name in todo]), strict=True):
+    for name, job in zip(todo, lockstep.run([partial(run, name) for name in todo], at_once), strict=True):
         if job.error is None:
             ended[name] = job.result
         elif isinstance(job.error, TrimtabError | OSError):

@@ -124,9 +124,13 @@ class Rows:
                 flat = _flat(call)
                 return self.through(site, held, flat, x.view(batch, -1, x.shape[1])).flatten(0, 1)
         self.check(site, x)
-        y = self._apart(site, plan, call, x) if plan.apart else call(x)
+        if plan.apart:
+            return self._apart(site, plan, call, x)
+        return self._together(site, plan, call(x), x)
+
+    def _together(self, site: nn.Module, plan: Plan, y: Any, x: Any, own: bool = True) -> Any:
+        """y after all that is done at once. own: it is the site's own output, of this x."""
         self.check(site, y)
-        own = not plan.apart
         for members in plan.together:
             y, own = type(members[0][0]).after_groups(site, members, x, y, self, own), False
         return y
@@ -145,7 +149,7 @@ class Rows:
         return Plan(list(together.values()), apart, Group(BASE, left, self.length) if left else None)
 
     def _apart(self, site: nn.Module, plan: Plan, call: Call, x: Any) -> Any:
-        own = [self.of(group, x) for group in plan.groups]
+        own = self.parted(plan.groups, x)
         inputs = [[part] for part in own]  # what each adapter of a group's stack gets, from the last to the first
         for (stack, group), found in zip(plan.apart, inputs, strict=False):
             with self.turn(group):
@@ -156,17 +160,28 @@ class Rows:
         if any(modules):
             modules += [None] * (len(ready) - len(modules))
             given = zip(ready, plan.groups, modules, strict=True)
-            outputs = [call(part, group, module) for part, group, module in given]
+            parts = [call(part, group, module) for part, group, module in given]
+            y = self._together(site, plan, self.joined(plan.groups, parts), x, own=False)
         else:
             same = all(after is before for after, before in zip(ready, own, strict=True))
-            y = call(x if same else self.joined(plan.groups, ready))
-            self.check(site, y)
-            outputs = [self.of(group, y) for group in plan.groups]
+            whole = x if same else self.joined(plan.groups, ready)
+            y = self._together(site, plan, call(whole), whole)
+        outputs = self.parted(plan.groups, y)
         for number, (stack, group) in enumerate(plan.apart):
             with self.turn(group):
                 for adapter in stack:
                     outputs[number] = adapter.after(site, inputs[number].pop(), outputs[number])
         return self.joined(plan.groups, outputs)
+
+    def parted(self, groups: Sequence[Group], value: Any) -> list[Any]:
+        """What is each group's; `groups` have all rows together."""
+        spans = [group.span for group in groups]
+        follow = all(spans) and [row for group in groups for row in group.rows] == list(range(len(self.names)))
+        if not (follow and isinstance(value, Tensor) and value.dim() and len(value) == len(self.names)):
+            return [self.of(group, value) for group in groups]
+        # As one function: the gradient of so many slices would be so many batches.
+        parts: Any = torch.split(value, [len(group.rows) for group in groups])
+        return [self._shortened(group, part) for group, part in zip(groups, parts, strict=True)]
 
     def of(self, group: Group, value: Any) -> Any:
         """What is a group's in a tensor, or in the tensors in tuples, lists and mappings."""
@@ -175,8 +190,12 @@ class Rows:
         if value.dim() == 0 or len(value) != len(self.names):
             return value
         own = value[group.span] if group.span else value[torch.tensor(group.rows, device=value.device)]
-        shorter = group.length != self.length and self._has_length(value) and value.shape[1] == self.length
-        return own[:, : group.length] if shorter else own
+        return self._shortened(group, own)
+
+    def _shortened(self, group: Group, part: Tensor) -> Tensor:
+        """A group's rows without their padding."""
+        shorter = group.length != self.length and self._has_length(part) and part.shape[1] == self.length
+        return part[:, : group.length] if shorter else part
 
     def joined(self, groups: Sequence[Group], parts: Sequence[Any]) -> Any:
         """Of what the groups have, which are all rows together, one batch in the order of its rows."""

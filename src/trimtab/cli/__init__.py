@@ -23,11 +23,9 @@ from .targets import targets
 from .train import train
 
 app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Fine-tune pretrained models by training a small adapter and leaving the model alone.",
-)
+)  # fmt: skip
 for verb in (demo, init, train, sweep, evaluate, predict, chat, compare, merge, inspect, targets, methods, doctor):
     app.command(no_args_is_help=verb not in (demo, methods, doctor))(verb)
 app.command(cls=ManyWeights, no_args_is_help=True)(combine)

@@ -17,6 +17,7 @@ def sweep(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Put a value in place of the recipe's.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a sweep that did not finish.")] = False,
+    at_once: Annotated[int | None, typer.Option(min=1, help="How many to train at a time; all by default.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away runs that did not finish.")] = False,
 ) -> None:
     """Train variants of a recipe at once over one base model, and rank them.
@@ -35,4 +36,4 @@ def sweep(
 
     console = Console(highlight=False)
     say = partial(console.print, markup=False)
-    together(console, many.variants(recipe, overrides or (), vary, say), resume, overwrite)
+    together(console, many.variants(recipe, overrides or (), vary, say), resume, overwrite, at_once)

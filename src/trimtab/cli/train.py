@@ -27,46 +27,27 @@ def train(
 
     Several recipes of one model and task are trained at once, over one copy of the model.
     """
-    from ..errors import ConfigError
-
-    unfinished = [path / "checkpoints" / "recipe.yaml" for path in given]
-    given = [found if resume and found.is_file() else path for path, found in zip(given, unfinished, strict=True)]
-    recipe = next((path for path in given if path.suffix not in (".yaml", ".yml")), given[0])
-    is_recipe = recipe.suffix in (".yaml", ".yml")
-    if model is not None and len(given) > 1:
-        raise ConfigError("--model goes with one data file. Of several write recipes: trimtab init DATA --model MODEL")
-    if is_recipe == (model is not None):
-        wanted = (
-            "has its model in it: --set model=MODEL changes it" if is_recipe else "needs --model MODEL, or a recipe"
-        )
-        raise ConfigError(f"{recipe} {wanted}.")
     from .quiet import quiet
 
     quiet()
     from rich.console import Console
 
-    from .. import recipe as recipes
     from .. import training
     from ..progress import ProgressBar
-    from ..propose import propose
     from ..report import plan, summary
-    from .together import together
+    from .together import read, together
 
     console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
     say, bar = partial(console.print, markup=False), ProgressBar(console)
-    text = propose(recipe, model, overrides or []) if model else None
-    paths = [Path("proposed recipe")] if text else given
-    all_found = [recipes.read(path, overrides or (), say, text) for path in paths]
+    recipes = read(given, model, overrides or (), resume, say)
     if dry_run:
-        for found in all_found:
+        for found in recipes:
             say(plan(training.planned(found, say)))
-        return
-    if len(all_found) > 1:
-        together(console, all_found, resume, overwrite)
-        return
-    [found] = all_found
-    result = training.train(found, say, [bar], resume, overwrite)
-    if console.quiet:
-        return
-    console.print(summary(result.metrics))
-    console.print(f"Saved in {result.folder}. Try: trimtab predict {result.folder} TEXT", soft_wrap=True)
+    elif len(recipes) > 1:
+        together(console, recipes, resume, overwrite)
+    else:
+        result = training.train(recipes[0], say, [bar], resume, overwrite)
+        if console.quiet:
+            return
+        console.print(summary(result.metrics))
+        console.print(f"Saved in {result.folder}. Try: trimtab predict {result.folder} TEXT", soft_wrap=True)

@@ -14,6 +14,7 @@ product twice, and an adapter must mean the same in both libraries.
 
 import math
 import re
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -140,11 +141,21 @@ class LoraAdapter(Adapter):
         cls, site: nn.Module, members: list[tuple["LoraAdapter", Group]], x: Tensor, y: Tensor, rows: Rows, own: bool
     ) -> Tensor:
         """Ranks are filled up with zeros to the next power of two; those of one such rank make one batched product."""
-        key = id(site), "ranks"
-        ranks = rows.kept.get(key) or rows.kept.setdefault(key, _by_rank(members))
-        for rank, found in ranks.items():
-            y, own = _add_products(site, rank, found, x, y, rows, own), False
-        return y
+        known = kernels.known(site, x)
+        W = kernels.base_weight(site, x, y) if own and known else None
+        rates = [one.dropout if one.training else 0.0 for one, _ in members] if site.training else []
+        dropped = {group: _Dropped(site, group, p, x, rows) for (_, group), p in zip(members, rates, strict=False)}
+        key = id(site), x.dtype
+        stacks = None if torch.is_grad_enabled() else rows.kept.get(key)
+        if stacks is None:
+            stacks = _stacks(members, dropped, x, rows)
+            if not torch.is_grad_enabled():
+                rows.kept[key] = stacks
+        mask = partial(_mask, x, dropped, rows) if any(rates) else None
+        if W is not None:
+            return kernels.all_adapted(y, x, W, stacks, mask)
+        products = kernels.products if known else kernels.plain_products
+        return y + products(x, stacks, y.shape[-1], mask).to(y.dtype)
 
     def _change(self) -> tuple[Tensor, Tensor]:
         """The pair whose product, times s, is added to W: A and B, and where they started elsewhere minus that."""
@@ -206,51 +217,27 @@ class LoraAdapter(Adapter):
         return f"lora_embedding_{name}" if self.embeds else f"lora_{name}.weight"
 
 
-def _by_rank(members: list[tuple[LoraAdapter, Group]]) -> dict[int, list[tuple[LoraAdapter, Group]]]:
+def _stacks(
+    members: list[tuple[LoraAdapter, Group]], dropped: dict[Group, "_Dropped"], x: Tensor, rows: Rows
+) -> list[kernels.Stacks]:
     ranks: dict[int, list[tuple[LoraAdapter, Group]]] = {}
     for adapter, group in members:
         ranks.setdefault(1 << (len(adapter.A) - 1).bit_length(), []).append((adapter, group))
-    return ranks
+    found = []
+    for rank, own in ranks.items():
+        units = rows.units(tuple(group.name for _, group in own))
+        factors = [dropped[group].enlarged if group in dropped else 1.0 for _, group in own]
+        pairs = [(one.A, one.B, one.scale * factor) for (one, _), factor in zip(own, factors, strict=True)]
+        found.append(kernels.Stacks(pairs, rank, units.count, units.slots, units.rows, x))
+    return found
 
 
-def _add_products(
-    site: nn.Module,
-    rank: int,
-    members: list[tuple[LoraAdapter, Group]],
-    x: Tensor,
-    y: Tensor,
-    rows: Rows,
-    own: bool,
-) -> Tensor:
-    """y + s B A drop(x) with each row's own s, B, A; x (rows, ..., in), y (rows, ..., out). own: as `after_groups`."""
-    units = rows.units(tuple([group.name for _, group in members]))
-    W = kernels.base_weight(site, x, y) if own and units.rows is None and kernels.known(site, x) else None
-    if units.rows is not None:
-        x = x[units.rows.to(x.device)]
-    rates = [one.dropout if one.training else 0.0 for one, _ in members] if site.training else [0.0] * len(members)
-    dropped = [_Dropped(site, group, p, x, rows) for (_, group), p in zip(members, rates, strict=True)]
-    key = id(site), rank, x.dtype
-    stacks = None if torch.is_grad_enabled() else rows.kept.get(key)
-    if stacks is None:
-        enlarged = [one.scale * own.enlarged for (one, _), own in zip(members, dropped, strict=True)]
-        pairs: list[tuple[Tensor, Tensor, float]] = [
-            (one.A, one.B, s) for (one, _), s in zip(members, enlarged, strict=True)
-        ]
-        stacks = kernels.Stacks(pairs, rank, units.count, units.slots, x)
-        if not torch.is_grad_enabled():
-            rows.kept[key] = stacks
-    mask = None
-    if any(rates):
-        groups = [group for _, group in members]
-
-        def mask() -> Tensor:
-            joined: Tensor = rows.joined(groups, [own.mask(x) for own in dropped])
-            return joined
-
-    if W is not None:
-        return stacks.adapted(y, x, W, mask)
-    low = (stacks.product if kernels.known(site, x) else stacks.plain)(x, mask).to(y.dtype)
-    return y + low if units.rows is None else y.index_add(0, units.rows.to(y.device), low)
+def _mask(x: Tensor, dropped: dict[Group, "_Dropped"], rows: Rows) -> Tensor:
+    """What the dropout of each group has x times, in the order of the rows; 1 in rows that have none."""
+    groups = list(rows.groups.values())
+    parts = [dropped[one].mask(x) if one in dropped else torch.ones_like(rows.of(one, x)) for one in groups]
+    joined: Tensor = rows.joined(groups, parts)
+    return joined
 
 
 class _Dropped:
