@@ -112,6 +112,20 @@ def test_a_causal_model_with_checkpointed_layers(
         torch.testing.assert_close(weights(other), weights(one), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["training.bf16=true", "quantization=nf4", "quantization=int8"])
+def test_in_other_precisions(folder: Path, how: str) -> None:
+    write_csv(folder / "train.csv", [review(i) for i in range(24)])
+    varied = {"a": ["method.lora_dropout=0.2", how], "b": ["method.r=3", "training.seed=2", how]}
+    alone = [read(folder, f"alone-{name}", *own) for name, own in varied.items()]
+    together = [read(folder, name, *own) for name, own in varied.items()]
+    for recipe in alone:
+        train(recipe, silent)
+    assert train_many(together, silent).shared == 1
+    coarse = 1e-5 if "nf4" in how else 2e-2  # bfloat16 and 8 bits round by the shape of the batch
+    for one, other in zip(alone, together, strict=True):
+        assert losses(other) == pytest.approx(losses(one), rel=coarse)
+
+
 def test_a_job_that_fails_stops_alone(folder: Path) -> None:
     good = [read(folder, name, f"training.seed={seed}") for name, seed in (("a", 0), ("b", 1))]
     train_many(good, silent)

@@ -25,7 +25,7 @@ from accelerate.state import GradientState  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import sites
+from . import sites, weights
 from .attach import trunk
 from .draws import OwnDraws, draws, refuse_unknown
 from .errors import ConfigError
@@ -405,13 +405,16 @@ class Lockstep:
 
 def _sharing(model: nn.Module) -> Any:
     """A copy of the model around the same parameters and buffers."""
-    return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
+    states = [state for part in model.modules() if (state := weights.shared_state(part)) is not None]
+    return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers(), *states)})
 
 
 def _share(model: nn.Module, base: nn.Module) -> None:
     """Put the base's parameters in the place of the model's own where they are equal."""
-    known = dict(base.named_parameters())
+    known, parts = dict(base.named_parameters()), dict(base.named_modules())
     for path, module in model.named_modules():
+        if weights.shared_state(module) is not None:
+            module.state = parts[path].state
         for name, value in module._parameters.items():
             other = known.get(f"{path}.{name}".removeprefix("."))
             if value is not None and other is not None and torch.equal(value, other):

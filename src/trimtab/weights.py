@@ -168,6 +168,16 @@ def write(module: nn.Module, weight: Tensor) -> None:
     module._parameters[shape.weight] = new
 
 
+def shared_state(module: Any) -> Any:
+    """What an 8-bit layer has beside its parameters, and others around the same weight must have too; else None."""
+    weight = module._parameters.get("weight")
+    if type(weight).__name__ != "Int8Params":
+        return None
+    if weight.CB is not None:  # it moves from the weight to the layer at the first call
+        module.init_8bit_state()
+    return module.state
+
+
 def is_quantized(module: nn.Module) -> bool:
     shape = layout(module)
     weight = module._parameters.get(shape.weight) if shape else None

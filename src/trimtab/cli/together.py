@@ -11,7 +11,7 @@ from ..errors import ConfigError, TrainingError
 
 
 def read(given: Sequence[Path], model: str | None, overrides: Sequence[str], resume: bool, say: Any) -> list[Any]:
-    """The recipes in files or, to go on with, in the folders of runs; or one for data and a model. Raises: ConfigError."""
+    """The recipes in files or, to go on with, in folders of runs; or one for data and a model. Raises: ConfigError."""
     from .. import recipe as recipes
     from ..propose import propose
 
