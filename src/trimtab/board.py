@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 class Line:
     """What is known of one of several trainings."""
 
-    state: str = "waiting"
+    state: str = "preparing"
     step: int = 0
     steps: int = 0
     loss: str = ""
@@ -46,6 +46,9 @@ class Board:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
+    def ended(self, name: str, error: Exception | None) -> None:
+        self.lines[name].state = "failed" if error else "done"
+
     def callbacks(self, name: str) -> list[TrainerCallback]:
         """What a Trainer tells its line of the table."""
         return [Watch(self.lines[name], self.metric)]
@@ -73,8 +76,7 @@ class Watch(TrainerCallback):
         self.line.state = "training"
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
-        if self.line.state != "trained":
-            self.line.state = "waiting"
+        self.line.state = "checking" if self.line.step else "preparing"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.line.state = "trained"
+        self.line.state = "checking"

@@ -58,6 +58,7 @@ def train_many(
     resume: bool = False,
     overwrite: bool = False,
     at_once: int | None = None,
+    ended: Callable[[str, Exception | None], None] = lambda *_: None,
 ) -> Ranking:
     """Train several recipes at once, over one base. Each gives what `train` gives for it alone, in its own folder.
 
@@ -70,13 +71,14 @@ def train_many(
         resume: go on with those that did not finish, leave those that did as they are, and begin the others.
         overwrite: throw unfinished runs away, which otherwise are refused.
         at_once: how many are trained at a time, all by default; where one ends the next one joins the others.
+        ended: told when the recipe of a name has come to its end, or to an error.
     Raises:
         ConfigError: recipes that cannot share a base, or that have one output folder.
     """
     check(recipes)
     lockstep = Lockstep()
     named = dict(zip(names_of(recipes), recipes, strict=True))
-    ended = {name: found for name, recipe in named.items() if resume and (found := _finished(recipe))}
+    results = {name: found for name, recipe in named.items() if resume and (found := _finished(recipe))}
     failed: dict[str, Exception] = {}
     told: set[str] = set()
 
@@ -89,17 +91,23 @@ def train_many(
         recipe = named[name]
         if recipe.training.get("neftune_noise_alpha"):
             job.alone = "its noise goes on the input of a model's own embeddings"
-        return train(recipe, partial(tell, name), callbacks(name), resume, overwrite, job=job)
+        try:
+            result = train(recipe, partial(tell, name), callbacks(name), resume, overwrite, job=job)
+        except Exception as error:
+            ended(name, error)
+            raise
+        ended(name, None)
+        return result
 
-    todo = [name for name in named if name not in ended]
+    todo = [name for name in named if name not in results]
     for name, job in zip(todo, lockstep.run([partial(run, name) for name in todo], at_once), strict=True):
         if job.error is None:
-            ended[name] = job.result
+            results[name] = job.result
         elif isinstance(job.error, TrimtabError | OSError):
             failed[name] = job.error
         else:
             raise job.error
-    outcomes = [Outcome(name, recipe, ended.get(name), failed.get(name)) for name, recipe in named.items()]
+    outcomes = [Outcome(name, recipe, results.get(name), failed.get(name)) for name, recipe in named.items()]
     task = TASKS[recipes[0].task]
     sign = -1 if task.higher_is_better else 1
     outcomes.sort(key=lambda one: sign * one.result.metrics["validation"][task.metric] if one.result else float("inf"))

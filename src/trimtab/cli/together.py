@@ -41,7 +41,7 @@ def together(
     say = partial(console.print, markup=False, soft_wrap=True)
     many.check(recipes)
     with Board(console, many.names_of(recipes), TASKS[recipes[0].task].metric) as board:
-        ranking = many.train_many(recipes, say, board.callbacks, resume, overwrite, at_once)
+        ranking = many.train_many(recipes, say, board.callbacks, resume, overwrite, at_once, board.ended)
     folder = many.folder_of(recipes)
     many.write(ranking, folder)
     say("", columns(many.table(ranking)), f"\nThe ranking and the plot of all losses are in {folder}", sep="\n")
