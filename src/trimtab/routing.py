@@ -23,7 +23,6 @@ from .sites import Active, Swapped
 class Routed(Swapped, nn.Module):
     """Mixed into a model with adapters: `forward` and `generate` take the name of an adapter for each row."""
 
-    more: ClassVar[tuple[str, ...]] = ("adapter_names",)
     order: ClassVar[int] = 1
 
     @classmethod

@@ -39,6 +39,7 @@ from .tasks.task import Piece
 from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
+RENAMED = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
 NOT_WRITTEN = ("I/O error", "PytorchStreamWriter", "No space left", "unexpected pos")  # of safetensors, and of torch
 SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
@@ -365,6 +366,9 @@ def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
         "disable_tqdm": True,
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
     }
+    for old, new in RENAMED.items():  # recipes may have either
+        if old in settings and new in transformers.TrainingArguments.__dataclass_fields__:
+            settings[new] = settings.pop(old)
     for own in (*OWN, "label_smoothing_factor"):  # what this module and objective.py do themselves
         settings.pop(own, None)
     try:
