@@ -1,11 +1,11 @@
 """Several trainings over one frozen base, in step: what all of them compute with the base is computed once for all.
 
-Each job is a whole training of its own, in a thread of its own: its model, whose base has everybody's weights, its
-data, Trainer, optimizer, schedule and random numbers. Only one thread runs at a time. Where a job in a training step
-calls a part of the base (a child of its model, such as the encoder or `lm_head`) it waits, until all jobs have come so
-far. Then the part runs once on the rows of all, each under the adapter of its job (rows.py), and each job goes on with
-its own rows of the result: to its own loss, from its own labels. At the backward pass they meet again. What cannot be
-put into one batch with the others each computes for itself.
+Each job is a whole training of its own, in a greenlet of its own: its model, whose base has everybody's weights, its
+data, Trainer, optimizer, schedule and random numbers. One runs at a time. Where a job in a training step calls a part of
+the base (a child of its model, such as the encoder or `lm_head`) it waits, until all jobs have come so far. Then the part
+runs once on the rows of all, each under the adapter of its job (rows.py), and each job goes on with its own rows of the
+result: to its own loss, from its own labels. At the backward pass they meet again. What cannot be put into one batch with
+the others each computes for itself.
 
 So a job computes what it would alone. Its random numbers (also those of the base's dropout) are drawn for its rows in
 the shape and order, and from the state, in which they are drawn alone.
@@ -14,7 +14,6 @@ the shape and order, and from the state, in which they are drawn alone.
 import contextlib
 import copy
 import random
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -22,6 +21,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from accelerate.state import GradientState  # type: ignore[import-untyped]
+from greenlet import greenlet  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,7 +46,7 @@ MIXING = ("expert_capacity", "output_router_logits")  # settings by which one ro
 
 
 class Cancelled(BaseException):
-    """Ends a job's thread from within, past all that handles errors."""
+    """Ends a job from within, past all that handles errors."""
 
 
 @dataclass
@@ -99,6 +99,7 @@ class Call:
 
     part: str
     given: dict[str, Any]
+    device: str
     autocast: torch.dtype | None
     flat: bool  # whether the part is a linear layer, which takes each position by itself
 
@@ -189,21 +190,33 @@ class Job:
     lockstep: "Lockstep"
     randomness: Randomness
     result: Any = None
-    error: BaseException | None = None
+    error: Exception | None = None
     done: bool = False
     alone: str = ""  # why it computes everything for itself, if it does
     stepping: bool = False  # whether it is in a training step, in which it meets the others
     request: Call | Backward | None = None
     answer: Any = None
-    failure: BaseException | None = None  # to be raised where it waits
-    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    thread: greenlet = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.thread = greenlet(self.whole)
+
+    def whole(self) -> None:
+        try:
+            self.result = self.run(self)
+        except Cancelled:
+            pass
+        except Exception as error:  # of whatever kind, it is this job's alone
+            self.error = error
+        finally:
+            self.lockstep.leave(self)
+            self.done = True
 
     def wait(self, request: Call | Backward) -> Any:
         self.request, self.answer = request, None
-        self.lockstep.idle.release()
-        self.turn.acquire()
-        if self.failure is not None:
-            raise self.failure
+        with _apart_from_autocast(request):
+            assert self.thread.parent is not None
+            self.thread.parent.switch()
         return self.answer
 
     @contextlib.contextmanager
@@ -217,6 +230,17 @@ class Job:
 
     def backward(self, loss: Tensor) -> None:
         self.wait(Backward(loss)) if self.stepping else loss.backward()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _apart_from_autocast(request: Call | Backward) -> Iterator[None]:
+    """While a job waits others run in the same thread, to which autocast belongs."""
+    device = request.device if isinstance(request, Call) and request.autocast else None
+    if device:
+        torch.set_autocast_enabled(device, False)
+    yield
+    if device:
+        torch.set_autocast_enabled(device, True)
 
 
 @dataclass
@@ -246,16 +270,15 @@ class Meeting(Swapped, nn.Module):
         given.pop(UNUSED, None)
         device = next((value.device.type for value in given.values() if isinstance(value, Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        answer = job.wait(Call(self._part.name, given, autocast, is_linear(self) and len(given) == 1))
+        answer = job.wait(Call(self._part.name, given, device, autocast, is_linear(self) and len(given) == 1))
         return super().forward(*args, **kwargs) if answer is None else answer
 
 
 class Lockstep:
-    """Runs jobs to their ends. What is computed for all is computed in the thread that called `run`."""
+    """Runs jobs to their ends. What is computed for all is computed in the greenlet that called `run`."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
-        self.idle = threading.Semaphore(0)
         self.active = Active()
         self.shared = self.apart = 0  # calls of the base that were computed with others', and by themselves
         self.plain: Any = None  # the base without adapters, to be copied for jobs
@@ -270,7 +293,7 @@ class Lockstep:
             at_once: how many go on at a time; where one ends the next one joins. All, by default.
         """
         before = Randomness.now()
-        self.jobs = [Job(f"job{number}", run, self, Randomness.now()) for number, run in enumerate(runs)]
+        self.jobs = [Job(f"job{number}", run, self, before) for number, run in enumerate(runs)]
         later, going = list(self.jobs), list[Job]()
         try:
             while later or going:
@@ -278,34 +301,20 @@ class Lockstep:
                 while later and len(going) < (at_once or len(self.jobs)):
                     going.append(later.pop(0))
                     ready.append(going[-1])
-                    threading.Thread(target=self._whole, args=(going[-1],), daemon=True).start()
                 for job in ready:
                     self._resume(job)
                 going = [job for job in going if not job.done]
         finally:
             for job in going:
-                if not job.done:
-                    job.failure = Cancelled()
-                    self._resume(job)
+                if job.thread:  # it has begun, and not ended
+                    job.thread.throw(Cancelled)
             before.go_on()
         return self.jobs
-
-    def _whole(self, job: Job) -> None:
-        job.turn.acquire()
-        try:
-            if job.failure is None:
-                job.result = job.run(job)
-        except BaseException as error:  # of whatever kind, it is this job's alone
-            job.error = error
-        self._leave(job)
-        job.done = True
-        self.idle.release()
 
     def _resume(self, job: Job) -> None:
         """Let a job go on until it waits again, or ends."""
         job.randomness.go_on()
-        job.turn.release()
-        self.idle.acquire()
+        job.thread.switch()
         job.randomness = Randomness.now()
 
     def load(self, load: Callable[[], tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
@@ -349,7 +358,7 @@ class Lockstep:
         if checkpointing is not None:
             self.base.activation_checkpointing_enable(checkpointing)
 
-    def _leave(self, job: Job) -> None:
+    def leave(self, job: Job) -> None:
         for site in list(sites.sites(self.base)) if self.base is not None else ():
             if job.name in sites.adapters(site):
                 sites.remove(site, job.name)
