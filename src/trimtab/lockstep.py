@@ -1,11 +1,11 @@
 """Several trainings over one frozen base, in step: what all of them compute with the base is computed once for all.
 
 Each job is a whole training of its own, in a greenlet of its own: its model, whose base has everybody's weights, its
-data, Trainer, optimizer, schedule and random numbers. One runs at a time. Where a job in a training step calls a part of
-the base (a child of its model, such as the encoder or `lm_head`) it waits, until all jobs have come so far. Then the part
-runs once on the rows of all, each under the adapter of its job (rows.py), and each job goes on with its own rows of the
-result: to its own loss, from its own labels. At the backward pass they meet again. What cannot be put into one batch with
-the others each computes for itself.
+data, Trainer, optimizer, schedule and random numbers. One runs at a time. Where a job in a training step calls a part
+of the base (a child of its model, such as the encoder or `lm_head`) it waits, until all jobs have come so far. Then
+the part runs once on the rows of all, each under the adapter of its job (rows.py), and each job goes on with its own
+rows of the result: to its own loss, from its own labels. At the backward pass they meet again. What cannot be put into
+one batch with the others each computes for itself.
 
 So a job computes what it would alone. Its random numbers (also those of the base's dropout) are drawn for its rows in
 the shape and order, and from the state, in which they are drawn alone.
@@ -396,7 +396,8 @@ class Lockstep:
         part = self.base.get_submodule(calls[0].part)
         given = [call.given for call in calls]
         device = next(value.device for value in given[0].values() if isinstance(value, Tensor))
-        self.base.to(device)
+        if next(self.base.parameters()).device != device:
+            self.base.to(device)
         autocast = calls[0].autocast
         with torch.autocast(device.type, autocast, autocast is not None):
             if calls[0].flat:
