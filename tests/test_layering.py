@@ -24,7 +24,7 @@ LAYERS = [
     {"targets", "kernels"},
     {"attach", "caches"},
     {"prompts", "learning", "routing"},
-    {"tokens", "draws"},
+    {"tokens", "draws", "calls"},
     {"lockstep"},
     {"methods", "merge", "hf_format"},
     {"arithmetic"},

@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import review, trimtab, write_csv
 from safetensors.torch import load_file
+from test_text2text_generation import built
 from torch import Tensor
 
 from trimtab import causal_loss, files, many, record
@@ -109,6 +110,29 @@ def test_a_causal_model_with_checkpointed_layers(
         train(recipe, silent)
     assert train_many(together, silent).shared > 0.5
     for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(weights(other), weights(one), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder(folder: Path, tmp_path: Path, kind: str) -> None:
+    words = "film meal room good bad fine".split()
+    rows = [(" ".join(words[: 1 + i % 5]), " ".join(["Film", "gut", "Raum", "Essen"][: 1 + i % 4])) for i in range(24)]
+    write_csv(folder / "train.csv", rows, ("source", "target"))
+    own = [f"model={built(tmp_path / kind, kind)}", "task=text2text-generation", "data={train: train.csv}"]
+    own += ["training.epochs=1", "training.generation_max_length=4"]
+    varied = {
+        "a": ["method={name: lora, r: 2, lora_dropout: 0.1, target_modules: all-linear}", "training.batch_size=3"],
+        "b": ["method={name: bottleneck, reduction_factor: 8, dropout: 0.1}", "training.batch_size=1"],
+        "c": ["method={name: lora, r: 2, use_dora: true, target_modules: all-linear}", "training.batch_size=2"],
+    }
+    alone = [read(folder, f"alone-{name}", *own, *more) for name, more in varied.items()]
+    together = [read(folder, name, *own, *more) for name, more in varied.items()]
+    for recipe in alone:
+        train(recipe, silent)
+    # BART's encoder and decoder are one part, which is computed together for equal lengths only.
+    assert train_many(together, silent).shared > (0.5 if kind == "t5" else 0.1)
+    for one, other in zip(alone, together, strict=True):
+        assert losses(other) == pytest.approx(losses(one), rel=1e-5)
         torch.testing.assert_close(weights(other), weights(one), rtol=1e-5, atol=1e-5)
 
 

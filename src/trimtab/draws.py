@@ -1,9 +1,14 @@
-"""Random numbers of the base in a batch of several jobs: for each job's rows from its own, as if they were alone."""
+"""Random numbers of several jobs: each has its own, also those that the base draws for its rows of a common batch."""
 
-from collections.abc import Callable
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.state import GradientState  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -11,10 +16,55 @@ from torch.overrides import TorchFunctionMode
 from .errors import ConfigError
 from .rows import Group, Rows
 
+State = tuple[Tensor, list[Tensor] | None]  # of PyTorch's generators: the processor's and the graphics cards'
 DROPPED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 LAYERS_LEFT_OUT = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # for all rows at once
 UNKNOWN = (nn.MultiheadAttention, nn.RNNBase, nn.AlphaDropout, nn.FeatureAlphaDropout)
 MASKING = ("apply_spec_augment",)
+
+
+@dataclass
+class Randomness:
+    """What random numbers of a job are drawn from next, and where its accumulation of gradients is (accelerate's)."""
+
+    tensors: State
+    numpy: Any
+    python: Any
+    gradients: dict[str, Any]
+
+    @classmethod
+    def now(cls) -> "Randomness":
+        gradients = dict(GradientState._shared_state)
+        return cls(_tensors(), np.random.get_state(), random.getstate(), gradients)
+
+    def go_on(self) -> None:
+        _draw_from(self.tensors)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+        GradientState._shared_state.clear()
+        GradientState._shared_state.update(self.gradients)
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Random tensors inside the block are this job's."""
+        before = _tensors()
+        _draw_from(self.tensors)
+        try:
+            yield
+        finally:
+            self.tensors = _tensors()
+            _draw_from(before)
+
+
+def _tensors() -> State:
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), cards
+
+
+def _draw_from(state: State) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])
 
 
 def draws(model: nn.Module) -> bool:

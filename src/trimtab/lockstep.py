@@ -13,118 +13,29 @@ the shape and order, and from the state, in which they are drawn alone.
 
 import contextlib
 import copy
-import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
-from accelerate.state import GradientState  # type: ignore[import-untyped]
 from greenlet import greenlet  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from . import sites, weights
+from . import calls, sites, weights
 from .attach import trunk
-from .draws import OwnDraws, draws, refuse_unknown
+from .calls import Call
+from .draws import OwnDraws, Randomness, State, draws, refuse_unknown
 from .errors import ConfigError
 from .routing import acting
 from .rows import Group, Rows
 from .sites import Active, Swapped
 from .targets import is_linear
 
-# Arguments whose second dimension is the length of the rows, and which mask says what of them is padding.
-MASKED = {
-    "input_ids": "attention_mask",
-    "inputs_embeds": "attention_mask",
-    "encoder_hidden_states": "encoder_attention_mask",
-}
-LONG = (*MASKED, *MASKED.values(), "token_type_ids", "position_ids")
-UNUSED = "num_items_in_batch"  # of use to the loss, which each job has for itself
 MIXING = ("expert_capacity", "output_router_logits")  # settings by which one row changes what another one gives
 
 
 class Cancelled(BaseException):
     """Ends a job from within, past all that handles errors."""
-
-
-@dataclass
-class Randomness:
-    """What random numbers of a job are drawn from next, and where its accumulation of gradients is (accelerate's)."""
-
-    torch: Tensor
-    cuda: list[Tensor] | None
-    numpy: Any
-    python: Any
-    gradients: dict[str, Any]
-
-    @classmethod
-    def now(cls) -> "Randomness":
-        gradients = dict(GradientState._shared_state)
-        return cls(*_tensors_state(), np.random.get_state(), random.getstate(), gradients)
-
-    def go_on(self) -> None:
-        _draw_from(self.torch, self.cuda)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-        GradientState._shared_state.clear()
-        GradientState._shared_state.update(self.gradients)
-
-    @contextlib.contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Random tensors inside the block are this job's."""
-        before = _tensors_state()
-        _draw_from(self.torch, self.cuda)
-        try:
-            yield
-        finally:
-            self.torch, self.cuda = _tensors_state()
-            _draw_from(*before)
-
-
-def _tensors_state() -> tuple[Tensor, list[Tensor] | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-
-
-def _draw_from(cpu: Tensor, cuda: list[Tensor] | None) -> None:
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
-
-
-@dataclass(eq=False)
-class Call:
-    """A job waits for the result of a part of the base."""
-
-    part: str
-    given: dict[str, Any]
-    device: str
-    autocast: torch.dtype | None
-    flat: bool  # whether the part is a linear layer, which takes each position by itself
-
-    @property
-    def size(self) -> int:
-        """The number of rows."""
-        return max(
-            (len(value) for value in self.given.values() if isinstance(value, Tensor) and value.dim()), default=0
-        )
-
-    def form(self) -> Hashable:
-        """Equal for calls that can be put into one batch; None where there is no such other."""
-        found: list[Any] = [self.part, self.autocast]
-        for name, value in self.given.items():
-            if isinstance(value, Tensor):
-                if value.dim() < 2:
-                    return None
-                shape = value.shape[-1:] if self.flat else value.shape[2 if name in LONG else 1 :]
-                whole = self.flat or (value.dim(), len(value) == self.size)
-                found.append((name, value.dtype, value.device, shape, whole))
-            elif value is None or isinstance(value, bool | int | float | str):
-                found.append((name, value))
-            else:
-                return None
-        return tuple(found)
 
 
 @dataclass(eq=False)
@@ -154,8 +65,8 @@ class JobRows(Rows):
         finally:
             self.turning = False
 
-    def begin(self) -> Any:
-        return {name: _tensors_state_of(job) for name, job in self.jobs.items()}
+    def begin(self) -> dict[str, State]:
+        return {name: job.randomness.tensors for name, job in self.jobs.items()}
 
     @contextlib.contextmanager
     def again(self, begun: Any) -> Iterator[None]:
@@ -169,16 +80,12 @@ class JobRows(Rows):
 
     def _set(self, states: Any) -> None:
         for name, job in self.jobs.items():
-            job.randomness.torch, job.randomness.cuda = states[name]
+            job.randomness.tensors = states[name]
 
     def drawn(self) -> contextlib.AbstractContextManager[Any]:
         """Around what the base computes: what it draws is drawn job by job, if it draws anything."""
         some = next(iter(self.jobs.values()))
         return OwnDraws(self) if some.lockstep.draws else contextlib.nullcontext()
-
-
-def _tensors_state_of(job: "Job") -> tuple[Tensor, list[Tensor] | None]:
-    return job.randomness.torch, job.randomness.cuda
 
 
 @dataclass(eq=False)
@@ -267,7 +174,7 @@ class Meeting(Swapped, nn.Module):
         if not job.stepping or len(args) > len(self._arguments):
             return super().forward(*args, **kwargs)
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        given.pop(UNUSED, None)
+        given.pop(calls.UNUSED, None)
         device = next((value.device.type for value in given.values() if isinstance(value, Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         answer = job.wait(Call(self._part.name, given, device, autocast, is_linear(self) and len(given) == 1))
@@ -381,36 +288,33 @@ class Lockstep:
         self.apart += len(jobs)
         if len(jobs) == 1:
             return  # the same, with less to do
-        begun = {job.name: _tensors_state_of(job) for job in jobs}
+        begun = [job.randomness.tensors for job in jobs]
         try:
             answers = self._together(jobs, [cast(Call, job.request) for job in jobs])
         except Exception:  # whose fault it is will show
-            for job in jobs:
-                job.randomness.torch, job.randomness.cuda = begun[job.name]
+            for job, state in zip(jobs, begun, strict=True):
+                job.randomness.tensors = state
             return
         self.shared, self.apart = self.shared + len(jobs), self.apart - len(jobs)
         for job, answer in zip(jobs, answers, strict=True):
             job.answer = answer
 
-    def _together(self, jobs: list[Job], calls: list[Call]) -> list[Any]:
-        part = self.base.get_submodule(calls[0].part)
-        given = [call.given for call in calls]
-        device = next(value.device for value in given[0].values() if isinstance(value, Tensor))
+    def _together(self, jobs: list[Job], asked: list[Call]) -> list[Any]:
+        part, autocast = self.base.get_submodule(asked[0].part), asked[0].autocast
+        device = next(value.device for value in asked[0].given.values() if isinstance(value, Tensor))
         if next(self.base.parameters()).device != device:
             self.base.to(device)
-        autocast = calls[0].autocast
         with torch.autocast(device.type, autocast, autocast is not None):
-            if calls[0].flat:
-                return _flat(part, [next(iter(one.values())) for one in given])
-            sizes = [call.size for call in calls]
-            lengths = [next((one[name].shape[1] for name in MASKED if one.get(name) is not None), 0) for one in given]
+            if asked[0].flat:
+                return calls.flat(part, asked)
+            lengths = [call.length for call in asked]
             differ = dict(zip((job.name for job in jobs), lengths, strict=True)) if len(set(lengths)) > 1 else None
-            rows = JobRows(jobs, sizes, differ)
+            rows = JobRows(jobs, [call.size for call in asked], differ)
             rows.tokens = {max(lengths)}
-            arguments = _arguments(given, sizes)
+            arguments = calls.together(asked)
             with acting(self.active, rows, part), rows.drawn():
                 result = part(**arguments)
-        return _apart(result, sizes, lengths)
+        return calls.apart(result, asked)
 
 
 def _sharing(model: nn.Module) -> Any:
@@ -443,50 +347,3 @@ def _check_rows_apart(model: Any) -> None:
                 f"{name} takes means over all rows of a batch, so jobs cannot share one. Train them one by one."
             )
     refuse_unknown(model)
-
-
-def _flat(part: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-    """A linear layer acts on each position by itself, so there is nothing to pad."""
-    flat = [value.flatten(0, -2) for value in inputs]
-    found: Any = torch.split(part(torch.cat(flat)), [len(value) for value in flat])
-    return [own.view(*value.shape[:-1], -1) for own, value in zip(found, inputs, strict=True)]
-
-
-def _arguments(given: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
-    """The arguments of all calls as those of one, shorter rows padded at their ends and masked."""
-    for name, mask in MASKED.items():
-        found: list[Tensor] = [one[name] for one in given if one.get(name) is not None]
-        if len({value.shape[1] for value in found}) < 2 or given[0].get(mask) is not None:
-            continue
-        for one, value in zip(given, found, strict=True):
-            one[mask] = torch.ones(value.shape[:2], dtype=torch.long, device=value.device)
-    made: dict[str, Any] = {}
-    for name, first in given[0].items():
-        if not isinstance(first, Tensor):
-            made[name] = first
-            continue
-        parts = [one[name].expand(size, *one[name].shape[1:]) for one, size in zip(given, sizes, strict=True)]
-        made[name] = torch.cat(_padded(parts) if name in LONG else parts)
-    return made
-
-
-def _padded(parts: list[Tensor], more: int = 0) -> list[Tensor]:
-    longest = max(part.shape[1] for part in parts) + more
-    return [F.pad(part, (*[0, 0] * (part.dim() - 2), 0, longest - part.shape[1])) for part in parts]
-
-
-def _apart(result: Any, sizes: list[int], lengths: list[int]) -> list[Any]:
-    """Each call's part of a result; caches, which training needs not, are left out."""
-    if isinstance(result, Tensor):
-        if result.dim() == 0 or len(result) != sum(sizes):
-            return [result] * len(sizes)
-        cut = result.dim() == 3 and result.shape[1] == max(lengths)
-        parts = zip(torch.split(result, sizes), lengths, strict=True)
-        return [part[:, :length] if cut and length < max(lengths) else part for part, length in parts]
-    if isinstance(result, Mapping):
-        found = {name: _apart(value, sizes, lengths) for name, value in result.items()}
-        return [type(result)(**{name: parts[i] for name, parts in found.items()}) for i in range(len(sizes))]
-    if isinstance(result, tuple | list):
-        each = [_apart(value, sizes, lengths) for value in result]
-        return [type(result)(parts[i] for parts in each) for i in range(len(sizes))]
-    return [None if hasattr(result, "get_seq_length") else result] * len(sizes)
