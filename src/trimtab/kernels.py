@@ -233,9 +233,21 @@ def plain_products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask
 
 
 def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> Tensor:
+    if not torch.is_grad_enabled():  # a function of so many arguments takes longer to call than to compute
+        _add_all(y, x, stacks, mask)
+        return y
     parts = [part for own in stacks for A, B, _ in own.pairs for part in (A, B)]
     result: Tensor = _LowRanks.apply(x, W, y, stacks, mask, *parts)  # type: ignore[no-untyped-call]
     return result
+
+
+def _add_all(y: Tensor, x: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> list[Tensor]:
+    """y += s B A drop(x); s A drop(x) of each stack, (n, N / n, r)."""
+    dropped = x if mask is None else mask().mul_(x)
+    hs = [torch.bmm(own.of(dropped), own.A.mT).mul_(own.scales) for own in stacks]
+    for own, h in zip(stacks, hs, strict=True):
+        own.add(y, h, own.B)
+    return hs
 
 
 class _LowRanks(torch.autograd.Function):
@@ -251,10 +263,7 @@ class _LowRanks(torch.autograd.Function):
         mask: Mask | None,
         *parts: Tensor,  # noqa: ARG004 - for their gradients
     ) -> Tensor:
-        dropped = x if mask is None else mask().mul_(x)
-        hs = [torch.bmm(own.of(dropped), own.A.mT).mul_(own.scales) for own in stacks]  # (n, N / n, r) each
-        for own, h in zip(stacks, hs, strict=True):
-            own.add(y, h, own.B)
+        hs = _add_all(y, x, stacks, mask)
         ctx.mark_dirty(y)
         ctx.stacks, ctx.mask = stacks, mask
         ctx.save_for_backward(x, W, *hs)

@@ -239,7 +239,8 @@ class Rows:
 
     def check(self, site: nn.Module, value: Any) -> None:
         """Raise an AdapterError where the rows are not what comes first."""
-        found = next((part for part in _parts(value) if isinstance(part, Tensor)), None)
+        parts = [value] if isinstance(value, Tensor) else _parts(value)
+        found = next((part for part in parts if isinstance(part, Tensor)), None)
         if found is None or found.dim() == 0 or len(found) != len(self.names):
             what = "no tensor" if found is None else f"one of shape {tuple(found.shape)}"
             raise AdapterError(
