@@ -407,9 +407,9 @@ Except for the column of seconds all numbers are ratios, and where nothing else 
 forward pass and its gradients of activations alone, with the same loss. No step in which a low layer learns can be
 cheaper.
 
-- A step is forward and backward, without the optimizer. The kinds take turns, {run["steps"]} times each, where they are
-  quick until {SECONDS} s are over, and the least of the process's own processor time counts, since other programs were
-  running; medians and the wall clock are in speed.json.
+- A step is forward and backward, without the optimizer. The kinds take turns, at least {run["steps"]} times each, where
+  they are quick until {SECONDS} s are over, and the least of the process's own processor time counts, since other
+  programs were running; medians and the wall clock are in speed.json.
 - saved: bytes that the forward pass leaves for the backward pass, beside the parameters; each tensor counted once.
 - peak: the most bytes that a step holds at a time beyond the model, gradients included.
 - HF PEFT has the same weights. Its loss equals ours to 1e-4, and no gradient is zero as a whole: that is asserted
