@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from . import attach, weights
 from .adapter import Adapter, PeftConfig, TrainedCopy, Union
 from .attach import trunk
-from .errors import AdapterError, ConfigError, MergeError, did_you_mean
+from .errors import ConfigError, MergeError, did_you_mean
 from .methods.bitfit import BiasAdapter, has_bias
 from .methods.lora import LoraAdapter, LoraConfig
 from .methods.trainable_tokens import TokensAdapter
@@ -171,9 +171,7 @@ def _sources(model: nn.Module, name: str, given: Sequence[tuple[str, float]]) ->
     own = trunk(model)
     attach.check_name(model, name)
     attach.check_unmerged(own)
-    for adapter, _ in given:
-        if adapter not in own.configs:
-            raise AdapterError(f"There is no adapter {adapter!r}.{did_you_mean(adapter, own.configs)}")
+    attach.check_known(own, [adapter for adapter, _ in given])
     return [Source(adapter, w, own.configs[adapter], own.adapters(adapter)) for adapter, w in given]
 
 

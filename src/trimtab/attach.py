@@ -1,7 +1,7 @@
 """Adapters of a model as a whole: attach, activate, disable, remove. Every change is checked before it is made."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -107,6 +107,13 @@ def check_name(model: nn.Module, name: str) -> None:
         raise AdapterError(f"{name!r} cannot be an adapter's name: it names a folder and a module, so no '.' or '/'.")
 
 
+def check_known(own: Trunk, names: Iterable[str]) -> None:
+    """Raise an AdapterError where there is no adapter of one of these names."""
+    for name in names:
+        if name not in own.configs:
+            raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+
+
 def check_unmerged(own: Trunk) -> None:
     if own.active.merged:
         raise AdapterError(f"{list(own.active.merged)} are merged into the weights; call unmerge_adapter() first.")
@@ -138,9 +145,7 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
             or merged adapters, which would go on acting unseen.
     """
     own = trunk(model)
-    for name in names:
-        if name not in own.configs:
-            raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    check_known(own, names)
     if set(names) != set(own.active.names):
         check_unmerged(own)
     if len(chosen := tuple(dict.fromkeys(names))) > 1:
@@ -192,8 +197,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def delete(model: nn.Module, name: str) -> None:
     """Remove one adapter; its sites without another become plain modules again."""
     own = trunk(model)
-    if name not in own.configs:
-        raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    check_known(own, [name])
     if name in own.active.merged:
         check_unmerged(own)
     for path in own.adapters(name):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import attach, files, hf_format, weights
 from .adapter import Adapter, PeftConfig
 from .attach import trunk
-from .errors import AdapterError, CheckpointError, ConfigError, TargetError, did_you_mean
+from .errors import CheckpointError, ConfigError, TargetError
 from .targets import PartialTargetWarning
 
 
@@ -27,8 +27,7 @@ def save(
         write: False on all processes but one. They only help to gather what is sharded.
     """
     own = trunk(model)
-    if name not in own.configs:
-        raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    attach.check_known(own, [name])
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is a file; an adapter is saved to a folder.")
     tensors = hf_format.state(own.configs[name], own.adapters(name), values, name)
@@ -57,8 +56,7 @@ def load(model: nn.Module, folder: str | Path, name: str, config: PeftConfig | N
 def hotswap(model: nn.Module, folder: str | Path, name: str) -> None:
     """`PeftModel.hotswap_adapter`, which says all of it."""
     own = trunk(model)
-    if name not in own.configs:
-        raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    attach.check_known(own, [name])
     config, adapters = _read_adapters(model, folder, PeftConfig.from_pretrained(folder))
     here, states = own.adapters(name), {}
     for path in here | adapters:
@@ -99,8 +97,7 @@ def load_weights(model: nn.Module, folder: str | Path, name: str) -> None:
         AdapterError: no such adapter. CheckpointError: weights that are not those of this adapter.
     """
     own = trunk(model)
-    if name not in own.configs:
-        raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    attach.check_known(own, [name])
     where = _weights(folder)
     found = PeftConfig.from_pretrained(folder)
     config = own.configs[name]

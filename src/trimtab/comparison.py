@@ -4,7 +4,6 @@ The learning rate of a method is the recipe's times `relative_rate` of the metho
 several tries, each `FACTOR` times the one before, the one with the best validation score counts.
 """
 
-import io
 import json
 import statistics
 import subprocess
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import evaluation, run, watch
+from . import evaluation, record, run, watch
 from .errors import ConfigError, TrainingError, did_you_mean
 from .methods import METHODS
 from .recipe import Recipe
@@ -296,6 +295,4 @@ def plot(found: Comparison) -> bytes:
         axes[name].barh([row.method for row in rows], values)
         axes[name].invert_yaxis()
         axes[name].set_xlabel(name)
-    packed = io.BytesIO()
-    figure.savefig(packed, format="png", dpi=100)
-    return packed.getvalue()
+    return record.png(figure)

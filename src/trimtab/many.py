@@ -1,6 +1,5 @@
 """Several recipes trained at once over one frozen base (lockstep.py), and sweeps: one recipe in many variants."""
 
-import io
 import itertools
 import json
 import os
@@ -227,9 +226,7 @@ def _curves(ranking: Ranking) -> bytes:
         if points:
             axes.plot(*zip(*points, strict=True), label=one.name, linewidth=1)
     axes.legend(fontsize="small")
-    packed = io.BytesIO()
-    figure.savefig(packed, format="png", dpi=100)
-    return packed.getvalue()
+    return record.png(figure)
 
 
 def folder_of(recipes: Sequence[Recipe]) -> Path:

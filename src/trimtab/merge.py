@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from . import sites, weights
 from .adapter import Adapter
-from .attach import Trunk, detach, trunk
-from .errors import AdapterError, MergeError, did_you_mean, warn
+from .attach import Trunk, check_known, detach, trunk
+from .errors import AdapterError, MergeError, warn
 from .sites import AnySite
 
 PARTS = ("_parameters", "_buffers", "_modules", "state")  # `state` is where bitsandbytes keeps 8-bit scales
@@ -36,9 +36,7 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False) 
     """
     own = trunk(model)
     chosen = tuple(own.active.names if names is None else names)
-    for name in chosen:
-        if name not in own.configs:
-            raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+    check_known(own, chosen)
     if own.active.merged:
         raise AdapterError(f"{list(own.active.merged)} are merged already; call unmerge_adapter() first.")
     folded = {path: site for path, site in own.sites.items() if any(name in sites.adapters(site) for name in chosen)}

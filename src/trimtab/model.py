@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import arithmetic, attach, checkpoint, files, hf_format, learning, merge, sites, weights
 from .adapter import PeftConfig
 from .attach import trunk
-from .errors import AdapterError, CheckpointError, did_you_mean
+from .errors import AdapterError, CheckpointError
 from .methods.union import UnionConfig
 from .routing import Routed
 
@@ -191,9 +191,7 @@ class PeftModel(Routed):
             raise CheckpointError("Adapters are saved as safetensors only: a pickle can run any code when it is read.")
         there = trunk(self).configs
         names = list(there) if selected_adapters is None else selected_adapters
-        for name in names:
-            if name not in there:
-                raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, there)}")
+        attach.check_known(trunk(self), names)
         for name in names:
             folder = Path(save_directory) / ("" if name == "default" else name)
             checkpoint.save(self, folder, name, state_dict, is_main_process)
@@ -330,8 +328,7 @@ class PeftModel(Routed):
     ) -> dict[str, Tensor]:
         """What is saved of an adapter (the active one by default), under names without HF PEFT's prefix."""
         own, name = trunk(self), self.active_adapter if adapter_name is None else adapter_name
-        if name not in own.configs:
-            raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
+        attach.check_known(own, [name])
         config = own.configs[name]
         saved = hf_format.state(config, own.adapters(name), state_dict, name)
         return {key.removeprefix(config.hf_root): value for key, value in saved.items()}

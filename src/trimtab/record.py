@@ -102,6 +102,11 @@ def _plot(history: list[dict[str, Any]], title: str) -> bytes:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else "")
     axes.legend()
+    return png(figure)
+
+
+def png(figure: Any) -> bytes:
+    """A figure of matplotlib's, as a file has it."""
     packed = io.BytesIO()
     figure.savefig(packed, format="png", dpi=100)
     return packed.getvalue()

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attach import Trunk, check_unmerged, trunk
-from .errors import AdapterError, did_you_mean
+from .attach import Trunk, check_known, check_unmerged, trunk
+from .errors import AdapterError
 from .rows import BASE, Rows
 from .sites import Active, Swapped
 
@@ -70,7 +70,7 @@ class Routed(Swapped, nn.Module):
         """Let adapters learn, or not, whether or not they act: for training several in mixed batches."""
         own = trunk(self)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        _check_known(own, names)
+        check_known(own, names)
         for name in names:
             for adapter in own.adapters(name).values():
                 adapter.requires_grad_(requires_grad)
@@ -81,19 +81,13 @@ def _routed(own: Trunk, names: Sequence[str], generating: bool = False) -> Itera
     check_unmerged(own)
     if isinstance(names, str) or not names:
         raise AdapterError(f"adapter_names={names!r}: give a list of names, one for each row of the batch.")
-    _check_known(own, [name for name in names if name != BASE])
+    check_known(own, [name for name in names if name != BASE])
     before = own.active.rows
     own.active.rows = Rows(names, generating=generating)
     try:
         yield
     finally:
         own.active.rows = before
-
-
-def _check_known(own: Trunk, names: Sequence[str]) -> None:
-    for name in names:
-        if name not in own.configs:
-            raise AdapterError(f"There is no adapter {name!r}.{did_you_mean(name, own.configs)}")
 
 
 def _times(rows: Rows, values: Sequence[Tensor]) -> int:
