@@ -1,6 +1,7 @@
 """Fixtures for whole runs: a tiny BERT with its tokenizer, tiny reviews, a recipe. Nothing is downloaded."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the film meal room was is very not good bad dull fine".split()
 
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for test_triton.py; who imports Triton first is not for us to say
 torch.set_num_threads(1)  # on models this small threads only wait for each other, minutes long on a busy machine
 
 

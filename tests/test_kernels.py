@@ -218,17 +218,33 @@ def gradients_of(model: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_autocast_is_that_of_the_plain_formula(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = one(nn.Linear(5, 7)), torch.randn(4, 5, requires_grad=True)
+    """x is no leaf: of those autocast keeps what they are cast to, and adds up gradients in its precision."""
+    model, leaf = one(nn.Linear(5, 7)), torch.randn(4, 5, requires_grad=True)
+    x, adapter = leaf * 1, model[0].adapters["default"]
     context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     with context:
         fast = model(x)
-    grads = torch.autograd.grad(fast.sum(), x)
+    assert "_LowRank" in str([fast.grad_fn, *(before for before, _ in fast.grad_fn.next_functions)])
+    grads = torch.autograd.grad(fast.sum(), (x, adapter.A, adapter.B))
     plain(monkeypatch)
     with context:
         slow = model(x)
     assert fast.dtype == slow.dtype == (torch.bfloat16 if autocast else torch.float32)
     close(fast, slow)
-    close(grads[0], torch.autograd.grad(slow.sum(), x)[0])
+    for one_of, other in zip(grads, torch.autograd.grad(slow.sum(), (x, adapter.A, adapter.B)), strict=True):
+        assert one_of.dtype == torch.float32
+        close(one_of, other)
+
+
+def test_under_autocast_the_input_is_kept_and_no_copy_of_it() -> None:
+    model, x = one(nn.Linear(5, 7), lora_dropout=0.5), torch.randn(64, 5, requires_grad=True)
+    kept: dict[int, Tensor] = {}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model(x)
+    assert [value.data_ptr() for value in kept.values() if value.shape == x.shape] == [x.data_ptr()]
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.75, 0.9999, 1 - 1e-9])

@@ -278,3 +278,18 @@ def test_positions_that_nobody_can_give_are_an_error() -> None:
     assert_rows_as_alone(made, ["p2", "p2"], inputs)
     with pytest.raises(AdapterError, match="equally many"):
         made(**inputs, adapter_names=["p2", "p3"])
+
+
+def test_autocast_is_that_of_each_row_alone() -> None:
+    """The products of a batch are in autocast's precision, as those of one adapter are."""
+    tiny = models.llama()
+    model = with_adapters(tiny, loras(3, ["q_proj", "v_proj"]))
+    names, inputs = ["n0", "n1", BASE, "n2"], rows(tiny, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        together = model(**inputs, adapter_names=names).logits
+        each = [
+            alone(model, name, {key: value[i : i + 1] for key, value in inputs.items()}) for i, name in enumerate(names)
+        ]
+    difference = together - torch.cat(each)
+    assert difference.norm() < 1e-2 * together.norm(), "more than bfloat16 rounds"
+    assert together.dtype == torch.bfloat16

@@ -8,6 +8,8 @@ others mostly keep as well, not one that is cast or dropped. The mask of its dro
     N = batch x length, i and o: the layer's inputs and outputs, r: the rank
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from . import weights
 from .sites import lineage
 
 FEW = 2**15  # elements of an input, below which calling a function from Python costs more than it saves
+CARDS = ("cuda",)  # kinds of devices with kernels of their own (triton_kernels.py)
 LANES = 2**16  # dropout draws 16 bits for an element, a quarter of the time of PyTorch's floats on a CPU
 
 
@@ -28,19 +31,27 @@ def fits(site: nn.Module, x: Tensor) -> bool:
 
 
 def known(site: nn.Module, x: Tensor) -> bool:
-    """Whether the functions below can do this: linear layers in one dtype.
+    """Whether the functions below can do this: linear layers.
 
-    Compilers, functorch and autocast rewrite formulas, and find none there: they get the plain one.
+    Compilers and functorch rewrite formulas, and find none there: they get the plain one. So do CUDA graphs, which
+    would repeat the seed of a mask, and with it the mask.
     """
     return (
         type(x) is Tensor
         and x.is_floating_point()
         and not x.is_meta
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._are_functorch_transforms_active()
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
         and not isinstance(site, (nn.Embedding, *weights.CONVOLUTIONS))
     )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """In which products of x are computed: autocast's, where that is on."""
+    device = x.device.type
+    cast_to = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast_to else x.dtype
 
 
 def base_weight(site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
@@ -59,7 +70,7 @@ def base_weight(site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
 
 
 def product(x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """s B A drop(x) of x (..., i), A (r, i), B (o, r), in x's dtype: (..., o). Gradients have each one's own.
+    """s B A drop(x) of x (..., i), A (r, i), B (o, r), in `compute_dtype`: (..., o). Gradients have each one's own.
 
     p is rounded to a multiple of 1 / 65536, and what is kept is divided by 1 - p as rounded: its mean is x's.
     """
@@ -110,10 +121,10 @@ class _LowRank(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, A: Tensor, B: Tensor, W: Tensor | None, y: Tensor | None, scale: float, p: float, seed: int
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (N, i)
+        rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))  # (N, i)
         ctx.scale, ctx.p, ctx.seed = scale * enlarged(p), p, seed
-        h = ((mask(rows, p, seed).mul_(rows) if p else rows) @ A.to(x.dtype).T).mul_(ctx.scale)  # (N, r)
-        grown = B.to(x.dtype).T  # (r, o)
+        h = _into(rows, A.to(rows.dtype), p, seed).mul_(ctx.scale)  # (N, r)
+        grown = B.to(rows.dtype).T  # (r, o)
         if y is None:
             y = h.view(*x.shape[:-1], len(A)) @ grown
         else:
@@ -134,21 +145,49 @@ class _LowRank(torch.autograd.Function):
             grad_B = (h.T @ g).T  # (g.T @ h is the same, in three times the time)
         if needs_x or needs_A:
             grad_h = (g @ B.to(g.dtype)).mul_(ctx.scale)  # (N, r)
-            kept = mask(g.new_empty(len(g), A.shape[1]), ctx.p, ctx.seed) if ctx.p else None
-        if needs_A:
-            rows = x.reshape(-1, x.shape[-1])
-            grad_A = grad_h.T @ (rows if kept is None else rows * kept)
-        if needs_x:
-            grad_x = _grad_x(g, grad_h, A.to(g.dtype), W, kept).view(*grad.shape[:-1], A.shape[1])
+            rows = x.reshape(-1, x.shape[-1]).to(g.dtype) if needs_A else None
+            own = None if W is None else g @ W
+            grad_A, grad_x = _back(grad_h, A.to(g.dtype), rows, own, needs_x, ctx.p, ctx.seed)
+            grad_x = grad_x if grad_x is None else grad_x.view(*grad.shape[:-1], A.shape[1])
         return grad_x, grad_A, grad_B, None, None, None, None, None
 
 
-def _grad_x(g: Tensor, grad_h: Tensor, A: Tensor, W: Tensor | None, mask: Tensor | None) -> Tensor:
-    """(N, i): what came through W, where that is ours to give, and through A."""
-    if W is None:
-        return grad_h @ A if mask is None else mask.mul_(grad_h @ A)
-    own = g @ W
-    return own.addmm_(grad_h, A) if mask is None else own.add_(mask.mul_(grad_h @ A))
+def _fused(x: Tensor, A: Tensor, p: float) -> Any:
+    """Kernels for graphics cards (triton_kernels.py) that do what the two below do with dropout, where they can."""
+    if not p or x.device.type not in CARDS or not _has_triton():
+        return None
+    from . import triton_kernels
+
+    return triton_kernels if triton_kernels.fits(x, A) else None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _into(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
+    """A drop(x) of x (N, i), not divided by 1 - p: (N, r)."""
+    if fused := _fused(x, A, p):
+        return cast(Tensor, fused.into(x, A, _kept(p), seed))
+    return (mask(x, p, seed).mul_(x) if p else x) @ A.T
+
+
+def _back(
+    grad_h: Tensor, A: Tensor, x: Tensor | None, own: Tensor | None, needs_x: bool, p: float, seed: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of A, where x is given, and of x, where that is needed: with what is x's `own` already added."""
+    if fused := _fused(grad_h, A, p):
+        grad_A = None if x is None else fused.grad_a(grad_h, x, _kept(p), seed)
+        return grad_A, fused.grad_x(grad_h, A, own, _kept(p), seed) if needs_x else None
+    kept = mask(grad_h.new_empty(len(grad_h), A.shape[1]), p, seed) if p else None
+    grad_A = None if x is None else grad_h.T @ (x if kept is None else x * kept)
+    if not needs_x:
+        return grad_A, None
+    if kept is not None:
+        low = kept.mul_(grad_h @ A)
+        return grad_A, low if own is None else own.add_(low)
+    return grad_A, grad_h @ A if own is None else own.addmm_(grad_h, A)
 
 
 class Stacks:

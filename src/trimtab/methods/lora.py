@@ -142,6 +142,7 @@ class LoraAdapter(Adapter):
     ) -> Tensor:
         """Ranks are filled up with zeros to the next power of two; those of one such rank make one batched product."""
         known = kernels.known(site, x)
+        x = x.to(kernels.compute_dtype(x))
         W = kernels.base_weight(site, x, y) if own and known else None
         rates = [one.dropout if one.training else 0.0 for one, _ in members] if site.training else []
         dropped = {group: _Dropped(site, group, p, x, rows) for (_, group), p in zip(members, rates, strict=False)}
