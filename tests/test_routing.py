@@ -293,3 +293,25 @@ def test_autocast_is_that_of_each_row_alone() -> None:
     difference = together - torch.cat(each)
     assert difference.norm() < 1e-2 * together.norm(), "more than bfloat16 rounds"
     assert together.dtype == torch.bfloat16
+
+
+def test_a_change_inside_the_block_is_seen() -> None:
+    """Whatever is kept from one call to the next: an optimizer's step, and weights that are put in others' place."""
+    tiny = models.llama()
+    model = with_adapters(tiny, {name: LoraConfig(r=2, target_modules=["q_proj"]) for name in ("a", "b")})
+    names, inputs = ["a", "b"], rows(tiny, 2)
+    with torch.no_grad(), model.route(names):
+        before = output(model, inputs)
+        for name, value in model.named_parameters():
+            if ".a." in name:
+                value.mul_(2)
+        stepped = output(model, inputs)
+        for module in model.modules():
+            if type(module).__name__ == "LoraAdapter":
+                module.load_state_dict({key: 3 * value for key, value in module.state_dict().items()}, assign=True)
+        assigned = output(model, inputs)
+    far(stepped[:1], before[:1])
+    close(stepped[1:], before[1:])
+    far(assigned, stepped)
+    with torch.no_grad():
+        close(assigned, output(model, {**inputs, "adapter_names": names}))

@@ -193,12 +193,13 @@ def _back(
 class Stacks:
     """Pairs of several adapters for one batch, each of which has some blocks of its rows: n blocks in all.
 
-    Pairs are A (r, i), B (o, r) and s, r up to `rank`, to which they are filled up with zeros.
+    Pairs are A (r, i) and B (o, r), r up to `rank`, to which they are filled up with zeros, and s one number for each.
     """
 
     def __init__(
         self,
-        pairs: Sequence[tuple[Tensor, Tensor, float]],
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        scales: Sequence[float],
         rank: int,
         blocks: int,
         slots: Tensor | None,
@@ -208,28 +209,45 @@ class Stacks:
         """slots: (n,) the pair of each block; None where that is the order of the pairs. rows: those of the batch that
         the blocks are, None for all. x: a batch such as there will be."""
         self.pairs, self.rank, self.blocks = pairs, rank, blocks
+        self.ranks = [A.shape[0] for A, _ in pairs]
+        self.even = set(self.ranks) == {rank}
         self.slots, self.rows = (None if own is None else own.to(x.device) for own in (slots, rows))
-        self.scales = self._of_blocks(
-            torch.tensor([s for *_, s in pairs], dtype=x.dtype, device=x.device).view(-1, 1, 1)
-        )
-        with torch.no_grad():
-            self.A, self.B = self.stacked(x.dtype)
+        self.scales = self._of_blocks(torch.tensor(scales, dtype=x.dtype, device=x.device).view(-1, 1, 1))
+        self._made: tuple[list[int], tuple[Tensor, Tensor]] | None = None
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(n, rank, i) and (n, rank, o), as products of few rows read them fastest."""
-        As, Bs = [A for A, _, _ in self.pairs], [B.T for _, B, _ in self.pairs]
-        if any(len(A) != self.rank for A in As):
-            As, Bs = ([F.pad(part, (0, 0, 0, self.rank - len(part))) for part in parts] for parts in (As, Bs))
-        return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype))
+        """A (n, rank, i) and B^T (n, rank, o) of the blocks."""
+        As, Bs = [A for A, _ in self.pairs], [B for _, B in self.pairs]
+        if not self.even:
+            missing = [self.rank - r for r in self.ranks]
+            As = [F.pad(A, (0, 0, 0, more)) for A, more in zip(As, missing, strict=True)]
+            Bs = [F.pad(B, (0, more)) for B, more in zip(Bs, missing, strict=True)]
+        return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype)).mT
+
+    def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `stacked`, and as products of few rows read them fastest; made once, until somebody changes a pair."""
+        versions = [0 if part.is_inference() else part._version for pair in self.pairs for part in pair]
+        if self._made is None or self._made[0] != versions:
+            A, B = self.stacked(dtype)
+            self._made = versions, (A, B.contiguous())
+        return self._made[1]
 
     def _of_blocks(self, stack: Tensor) -> Tensor:
         return stack if self.slots is None else stack[self.slots]
 
-    def of_pairs(self, grads: Tensor) -> tuple[Tensor, ...]:
-        """For each pair the sum over its blocks, without what fills up its rank."""
+    def of_pairs(self, grads: Tensor) -> Sequence[Tensor]:
+        """For each pair the sum over its blocks."""
         if self.slots is not None:
             grads = grads.new_zeros(len(self.pairs), *grads.shape[1:]).index_add_(0, self.slots, grads)
-        return tuple(grad[: len(A)] for grad, (A, _, _) in zip(grads.unbind(), self.pairs, strict=True))
+        return cast(Sequence[Tensor], grads.unbind())
+
+    def grads(self, grad_A: Tensor, grad_B: Tensor) -> list[Tensor]:
+        """Of grad_A (n, rank, i) and grad_B (n, rank, o) those of each A and B in turn, without what fills them up."""
+        As, Bs = self.of_pairs(grad_A), self.of_pairs(grad_B.mT.contiguous())
+        if not self.even:
+            As = [own[:r] for own, r in zip(As, self.ranks, strict=True)]
+            Bs = [own[:, :r] for own, r in zip(Bs, self.ranks, strict=True)]
+        return [part for pair in zip(As, Bs, strict=True) for part in pair]
 
     def of(self, batch: Tensor) -> Tensor:
         """The blocks in a batch (rows, ..., m): (n, N / n, m)."""
@@ -273,19 +291,21 @@ def plain_products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask
 
 def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> Tensor:
     if not torch.is_grad_enabled():  # a function of so many arguments takes longer to call than to compute
-        _add_all(y, x, stacks, mask)
+        _add_all(y, x, stacks, [own.kept(x.dtype) for own in stacks], mask)
         return y
-    parts = [part for own in stacks for A, B, _ in own.pairs for part in (A, B)]
+    parts = [part for own in stacks for pair in own.pairs for part in pair]
     result: Tensor = _LowRanks.apply(x, W, y, stacks, mask, *parts)  # type: ignore[no-untyped-call]
     return result
 
 
-def _add_all(y: Tensor, x: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> list[Tensor]:
+def _add_all(
+    y: Tensor, x: Tensor, stacks: Sequence[Stacks], made: Sequence[tuple[Tensor, Tensor]], mask: Mask | None
+) -> list[Tensor]:
     """y += s B A drop(x); s A drop(x) of each stack, (n, N / n, r)."""
     dropped = x if mask is None else mask().mul_(x)
-    hs = [torch.bmm(own.of(dropped), own.A.mT).mul_(own.scales) for own in stacks]
-    for own, h in zip(stacks, hs, strict=True):
-        own.add(y, h, own.B)
+    hs = [torch.bmm(own.of(dropped), A.mT).mul_(own.scales) for own, (A, _) in zip(stacks, made, strict=True)]
+    for own, (_, B), h in zip(stacks, made, hs, strict=True):
+        own.add(y, h, B)
     return hs
 
 
@@ -302,34 +322,33 @@ class _LowRanks(torch.autograd.Function):
         mask: Mask | None,
         *parts: Tensor,  # noqa: ARG004 - for their gradients
     ) -> Tensor:
-        hs = _add_all(y, x, stacks, mask)
+        made = [own.stacked(x.dtype) for own in stacks]
+        hs = _add_all(y, x, stacks, made, mask)
         ctx.mark_dirty(y)
         ctx.stacks, ctx.mask = stacks, mask
-        ctx.save_for_backward(x, W, *hs)
+        ctx.save_for_backward(x, W, *(part for own in zip(hs, *zip(*made, strict=True), strict=True) for part in own))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, *hs = ctx.saved_tensors
+        x, W, *others = ctx.saved_tensors
+        hs, As, Bs = others[::3], others[1::3], others[2::3]
         mask = None if ctx.mask is None else ctx.mask()
         gs = [own.of(grad) for own in ctx.stacks]  # (n, N / n, o) each
-        grad_hs = [torch.bmm(g, own.B.mT).mul_(own.scales) for g, own in zip(gs, ctx.stacks, strict=True)]
+        grad_hs = [torch.bmm(g, B.mT).mul_(own.scales) for g, B, own in zip(gs, Bs, ctx.stacks, strict=True)]
         grads: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 5)
         if any(ctx.needs_input_grad[5:]):
             grads = []
             dropped = x if mask is None else mask * x
             for own, g, h, grad_h in zip(ctx.stacks, gs, hs, grad_hs, strict=True):
-                grad_As = own.of_pairs(torch.bmm(grad_h.mT, own.of(dropped)))
-                grad_Bs = own.of_pairs(torch.bmm(h.mT, g))
-                for grad_A, grad_B in zip(grad_As, grad_Bs, strict=True):
-                    grads += [grad_A, grad_B.T]
+                grads += own.grads(torch.bmm(grad_h.mT, own.of(dropped)), torch.bmm(h.mT, g))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.zeros_like(x) if W is None else grad @ W
             low = grad_x if mask is None else torch.zeros_like(grad_x)
-            for own, grad_h in zip(ctx.stacks, grad_hs, strict=True):
-                own.add(low, grad_h, own.A)
+            for own, A, grad_h in zip(ctx.stacks, As, grad_hs, strict=True):
+                own.add(low, grad_h, A)
             if mask is not None:
                 grad_x.add_(low.mul_(mask))
         return grad_x, None, None, None, None, *grads

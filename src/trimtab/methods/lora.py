@@ -14,7 +14,6 @@ product twice, and an adapter must mean the same in both libraries.
 
 import math
 import re
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,6 +27,7 @@ from ..errors import CheckpointError, ConfigError, MergeError, TargetError, did_
 from ..rows import Group, Rows
 from ..sites import AnySite
 from ..targets import TargetConfig, check_patterns, is_linear, pattern_name, pattern_value, shared
+from . import lora_groups
 from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
 from .dora import Magnitude
@@ -140,23 +140,7 @@ class LoraAdapter(Adapter):
     def after_groups(
         cls, site: nn.Module, members: list[tuple["LoraAdapter", Group]], x: Tensor, y: Tensor, rows: Rows, own: bool
     ) -> Tensor:
-        """Ranks are filled up with zeros to the next power of two; those of one such rank make one batched product."""
-        known = kernels.known(site, x)
-        x = x.to(kernels.compute_dtype(x))
-        W = kernels.base_weight(site, x, y) if own and known else None
-        rates = [one.dropout if one.training else 0.0 for one, _ in members] if site.training else []
-        dropped = {group: _Dropped(site, group, p, x, rows) for (_, group), p in zip(members, rates, strict=False)}
-        key = id(site), x.dtype
-        stacks = None if torch.is_grad_enabled() else rows.kept.get(key)
-        if stacks is None:
-            stacks = _stacks(members, dropped, x, rows)
-            if not torch.is_grad_enabled():
-                rows.kept[key] = stacks
-        mask = partial(_mask, x, dropped, rows) if any(rates) else None
-        if W is not None:
-            return kernels.all_adapted(y, x, W, stacks, mask)
-        products = kernels.products if known else kernels.plain_products
-        return y + products(x, stacks, y.shape[-1], mask).to(y.dtype)
+        return lora_groups.after(site, members, x, y, rows, own)
 
     def _change(self) -> tuple[Tensor, Tensor]:
         """The pair whose product, times s, is added to W: A and B, and where they started elsewhere minus that."""
@@ -216,48 +200,6 @@ class LoraAdapter(Adapter):
         if name == "magnitude.value":
             return "lora_magnitude_vector"
         return f"lora_embedding_{name}" if self.embeds else f"lora_{name}.weight"
-
-
-def _stacks(
-    members: list[tuple[LoraAdapter, Group]], dropped: dict[Group, "_Dropped"], x: Tensor, rows: Rows
-) -> list[kernels.Stacks]:
-    ranks: dict[int, list[tuple[LoraAdapter, Group]]] = {}
-    for adapter, group in members:
-        ranks.setdefault(1 << (len(adapter.A) - 1).bit_length(), []).append((adapter, group))
-    found = []
-    for rank, own in ranks.items():
-        units = rows.units(tuple(group.name for _, group in own))
-        factors = [dropped[group].enlarged if group in dropped else 1.0 for _, group in own]
-        pairs = [(one.A, one.B, one.scale * factor) for (one, _), factor in zip(own, factors, strict=True)]
-        found.append(kernels.Stacks(pairs, rank, units.count, units.slots, units.rows, x))
-    return found
-
-
-def _mask(x: Tensor, dropped: dict[Group, "_Dropped"], rows: Rows) -> Tensor:
-    """What the dropout of each group has x times, in the order of the rows; 1 in rows that have none."""
-    groups = list(rows.groups.values())
-    parts = [dropped[one].mask(x) if one in dropped else torch.ones_like(rows.of(one, x)) for one in groups]
-    joined: Tensor = rows.joined(groups, parts)
-    return joined
-
-
-class _Dropped:
-    """The dropout of one group, as `_product` has it for these rows alone: each mask is drawn once, or from a seed."""
-
-    def __init__(self, site: nn.Module, group: Group, p: float, x: Tensor, rows: Rows) -> None:
-        length = x.shape[1] if group.length is None or x.dim() < 3 else group.length
-        self.size = (len(group.rows), length, *x.shape[2:])[: x.dim()]
-        self.p, self.fixed, self.seed = p, None, 0
-        if p:
-            with rows.turn(group):
-                if kernels.fits(site, x.new_empty(self.size)):
-                    self.seed = kernels.seed(p)
-                else:
-                    self.fixed = F.dropout(x.new_ones(self.size), p)
-        self.enlarged = kernels.enlarged(p) if self.fixed is None else 1.0
-
-    def mask(self, x: Tensor) -> Tensor:
-        return kernels.mask(x.new_empty(self.size), self.p, self.seed) if self.fixed is None else self.fixed
 
 
 class LoraConfig(TargetConfig):

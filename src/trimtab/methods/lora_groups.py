@@ -1,0 +1,87 @@
+"""LoRA's products of several adapters, each on rows of its own of one batch, as one product of stacked A and B.
+
+Ranks are filled up with zeros to the next power of two; those of one such rank make one batched product.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import kernels
+from ..rows import Group, Rows
+
+Members = Sequence[tuple[Any, Group]]  # LoRA adapters of one site, and the rows of each
+
+
+def after(site: nn.Module, members: Members, x: Tensor, y: Tensor, rows: Rows, own: bool) -> Tensor:
+    """y (rows, ..., o) + s B A drop(x) with each row's own s, B and A. own: y is the site's own output, of this x."""
+    known = kernels.known(site, x)
+    x = x.to(kernels.compute_dtype(x))
+    W = kernels.base_weight(site, x, y) if own and known else None
+    dropped = {
+        group: _Dropped(site, group, one.dropout, x, rows) for one, group in members if one.training and one.dropout
+    }
+    stacks = _stacks(site, members, dropped, x, rows)
+    mask = partial(_mask, x, dropped, rows) if dropped else None
+    if W is not None:
+        return kernels.all_adapted(y, x, W, stacks, mask)
+    products = kernels.products if known else kernels.plain_products
+    return y + products(x, stacks, y.shape[-1], mask).to(y.dtype)
+
+
+def _stacks(
+    site: nn.Module, members: Members, dropped: Mapping[Group, "_Dropped"], x: Tensor, rows: Rows
+) -> list[kernels.Stacks]:
+    """Those of the last call, where nothing but values has changed since."""
+    pairs = [(one.A, one.B) for one, _ in members]
+    scales = [one.scale * (dropped[group].enlarged if group in dropped else 1.0) for one, group in members]
+    key = (id(site), x.dtype, x.device)
+    now = [scales, [(id(A), id(B)) for A, B in pairs]]
+    if rows.kept.get(key, (None,))[0] != now:
+        rows.kept[key] = now, _new_stacks(members, pairs, scales, x, rows)
+    stacks: list[kernels.Stacks] = rows.kept[key][1]
+    return stacks
+
+
+def _new_stacks(
+    members: Members, pairs: list[tuple[Tensor, Tensor]], scales: list[float], x: Tensor, rows: Rows
+) -> list[kernels.Stacks]:
+    ranks: dict[int, list[int]] = {}
+    for number, (A, _) in enumerate(pairs):
+        ranks.setdefault(1 << (A.shape[0] - 1).bit_length(), []).append(number)
+    found = []
+    for rank, own in ranks.items():
+        units = rows.units(tuple(members[number][1].name for number in own))
+        mine = [pairs[number] for number in own], [scales[number] for number in own]
+        found.append(kernels.Stacks(*mine, rank, units.count, units.slots, units.rows, x))
+    return found
+
+
+def _mask(x: Tensor, dropped: Mapping[Group, "_Dropped"], rows: Rows) -> Tensor:
+    """What the dropout of each group has x times, in the order of the rows; 1 in rows that have none."""
+    groups = list(rows.groups.values())
+    parts = [dropped[one].mask(x) if one in dropped else torch.ones_like(rows.of(one, x)) for one in groups]
+    joined: Tensor = rows.joined(groups, parts)
+    return joined
+
+
+class _Dropped:
+    """The dropout of one group, as the adapter alone has it for these rows: each mask is drawn once, or from a seed."""
+
+    def __init__(self, site: nn.Module, group: Group, p: float, x: Tensor, rows: Rows) -> None:
+        length = x.shape[1] if group.length is None or x.dim() < 3 else group.length
+        self.size = (len(group.rows), length, *x.shape[2:])[: x.dim()]
+        self.p, self.fixed, self.seed = p, None, 0
+        with rows.turn(group):
+            if kernels.fits(site, x.new_empty(self.size)):
+                self.seed = kernels.seed(p)
+            else:
+                self.fixed = F.dropout(x.new_ones(self.size), p)
+        self.enlarged = kernels.enlarged(p) if self.fixed is None else 1.0
+
+    def mask(self, x: Tensor) -> Tensor:
+        return kernels.mask(x.new_empty(self.size), self.p, self.seed) if self.fixed is None else self.fixed
