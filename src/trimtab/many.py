@@ -90,6 +90,7 @@ def train_many(
         recipe = named[name]
         if recipe.training.get("neftune_noise_alpha"):
             job.alone = "its noise goes on the input of a model's own embeddings"
+            tell(name, f"computed by itself, without the others: {job.alone}")
         try:
             result = train(recipe, partial(tell, name), callbacks(name), resume, overwrite, job=job)
         except Exception as error:
