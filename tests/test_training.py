@@ -337,11 +337,19 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(recipe: Path, limit: i
     assert not same(saved(first.folder), before)
 
 
-def test_an_adapter_that_never_acts_is_no_result(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An aLoRA acts from its invocation tokens on; where rows lack them, only the head would be trained."""
-    monkeypatch.setattr("trimtab.training.run.logits", lambda *_: torch.zeros(3))
+def test_an_adapter_that_changes_no_prediction_is_no_result(recipe: Path) -> None:
+    """B of LoRA leaves zero, but by less than a float32 of the outputs can show."""
     with pytest.raises(TrainingError, match="changes no prediction"):
-        train(changed(recipe, "training.epochs=1"), silent)
+        train(changed(recipe, "training.epochs=1", "training.learning_rate=1e-20"), silent)
+
+
+@pytest.mark.parametrize("rate", ["0.01", "1"])  # with the second the last checkpoint is not the best
+def test_validation_scores_are_of_the_adapter_that_is_kept(recipe: Path, rate: str) -> None:
+    """They were taken in training, when its checkpoint was written; those of the test rows are taken at the end."""
+    settings = changed(recipe, "training.epochs=4", f"training.learning_rate={rate}")
+    update = {"data": settings.data.model_copy(update={"validation": settings.data.test})}
+    metrics = train(settings.model_copy(update=update), silent).metrics
+    assert metrics["validation"] == pytest.approx(metrics["test"], rel=1e-6)
 
 
 def test_an_unfinished_run_can_be_thrown_away(recipe: Path, unbroken: Any) -> None:
