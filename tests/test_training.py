@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trimtab import LoraConfig, PeftModel, Trainer, files, get_peft_model, run
 from trimtab import recipe as recipes
-from trimtab.errors import CheckpointError, ConfigError, TargetError, TrainingError, TrimtabError
+from trimtab.errors import CheckpointError, ConfigError, RecipeError, TargetError, TrainingError, TrimtabError
 from trimtab.trainer import RunTrainer, last_checkpoint
 from trimtab.training import train
 
@@ -178,6 +178,9 @@ def test_weights_that_do_not_change_are_an_error(recipe: Path) -> None:
         ("training.lr_scheduler_type=cosine_with_min_lr", ConfigError, "training: .*min_lr"),
         ("training.optim=adamw_anyprecision", ConfigError, "training: .*torchdistx"),
         ("training.save_strategy=steps", ConfigError, "training: "),
+        ("training.logging_steps=.inf", RecipeError, "a finite number"),
+        ("output=.", ConfigError, "output folder .* holds no run, but recipe.yaml. Name another"),
+        ('output="\\0"', ConfigError, "output folder .* cannot be made: embedded null byte"),
         ("output=train.csv", ConfigError, "output folder .* cannot be made"),
         ("output=train.csv/x", ConfigError, "output folder .* cannot be made"),
     ],

@@ -381,16 +381,20 @@ def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
             arguments.lr_scheduler_kwargs = {**settings.get("lr_scheduler_kwargs", {}), "mode": mode}
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         _try_schedule(arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ArithmeticError, ImportError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from None
     return arguments
 
 
 def _make_folder(output: Path) -> None:
+    """Raises: ConfigError, where there is a folder with something else, which a run would write over."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"The output folder {output} cannot be made: {error.strerror}.") from None
+        names = {path.name for path in output.iterdir()}
+    except (OSError, ValueError) as error:  # the latter of a name with a zero byte
+        raise ConfigError(f"The output folder {output} cannot be made: {error}.") from None
+    if names and not names & {CHECKPOINTS, files.CONFIG}:
+        raise ConfigError(f"The output folder {output} holds no run, but {min(names)}. Name another, or a new one.")
 
 
 def _try_schedule(arguments: transformers.TrainingArguments) -> None:
@@ -479,7 +483,7 @@ def scores(trainer: Trainer, rows: Any) -> dict[str, float]:
 
 
 def _known(trainer: Trainer) -> dict[str, dict[str, float]]:
-    """By split the scores that were taken in training: of the best checkpoint, where the model has its weights again."""
+    """By split, scores taken in training: those of the best checkpoint, if the model has it again."""
     state = trainer.state
     if not trainer.args.load_best_model_at_end or state.best_model_checkpoint is None:
         return {}

@@ -14,7 +14,7 @@ def quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets|bitsandbytes")
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets|bitsandbytes|PIL")
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op")  # of all that is looked at, with inspect
     import datasets
     from transformers.utils import logging as transformers_logging
