@@ -346,10 +346,12 @@ def test_an_adapter_that_changes_no_prediction_is_no_result(recipe: Path) -> Non
         train(changed(recipe, "training.epochs=1", "training.learning_rate=1e-20"), silent)
 
 
-@pytest.mark.parametrize("rate", ["0.01", "1"])  # with the second the last checkpoint is not the best
-def test_validation_scores_are_of_the_adapter_that_is_kept(recipe: Path, rate: str) -> None:
-    """They were taken in training, when its checkpoint was written; those of the test rows are taken at the end."""
-    settings = changed(recipe, "training.epochs=4", f"training.learning_rate={rate}")
+def test_validation_scores_are_of_the_adapter_that_is_kept(recipe: Path) -> None:
+    """They were taken in training, when its checkpoint was written; those of the test rows are taken at the end.
+
+    The checkpoint is not the last one, at so high a rate.
+    """
+    settings = changed(recipe, "training.epochs=4", "training.learning_rate=1")
     update = {"data": settings.data.model_copy(update={"validation": settings.data.test})}
     metrics = train(settings.model_copy(update=update), silent).metrics
     assert metrics["validation"] == pytest.approx(metrics["test"], rel=1e-6)
