@@ -268,8 +268,10 @@ LoRA (r {RANK}, alpha {ALPHA}) by `trimtab train`, and by a script with HF PEFT 
 models, targets, learning rates and schedules, batches of {BATCH}, {COMMON["num_train_epochs"]} epochs, the best kept.
 Rows trained on and scored: {sizes}.
 Seconds are processor time of the whole process.
-Ours also scores before training, tries the longest batch first, and loads what it saved to check it, which the script
-does not. Made by `benchmarks/workflow.py`.
+Both score three times: the script after each epoch and at the end, ours before training and after each epoch, for at
+the end it has the best checkpoint's scores already. Ours also tries the longest batch first, and loads what it saved to
+check it, which the script does not. Each time is of one run, on a machine with other work: they vary by a third.
+Made by `benchmarks/workflow.py`.
 
 | task | metric | seed | HF PEFT | trimtab | HF PEFT, s | trimtab, s |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |

@@ -114,8 +114,12 @@ def test_recordings_that_cannot_be_heard(whisper: Path) -> None:
     silence, broken = io.BytesIO(), io.BytesIO()
     soundfile.write(silence, np.zeros((0, 1)), RATE, format="wav")
     soundfile.write(broken, np.array([0.0, np.nan]), RATE, format="wav", subtype="FLOAT")
+    fast = bytearray(recording(440))
+    fast[24:28] = (2**31 - 1).to_bytes(4, "little")  # where a WAV file has its rate
     for content, message in [
-        (b"no recording", "is no recording that can be read"),
+        (b"no recording", "is no recording that can be read: Format not recognised"),
+        (recording(440)[:-100], "is cut off: it is shorter than it says"),
+        (bytes(fast), "says that it has 2147483647 samples a second: it is damaged"),
         (silence.getvalue(), "holds no samples"),
         (broken.getvalue(), "holds samples that are no numbers"),
     ]:

@@ -300,6 +300,12 @@ def test_a_damaged_adapter(done: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "damaged" in refused(capsys, "inspect", done)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"names": {', b"[1]", b'{"names": {}}', b"\xff\xfe"])
+def test_a_damaged_task(done: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    (done / "task.json").write_bytes(content)
+    assert "task.json is damaged" in refused(capsys, "predict", done, "text")
+
+
 def test_wrong_texts(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "predict needs texts, or --file" in refused(capsys, "predict", done)
     assert "predict needs texts, or --file" in refused(capsys, "predict", done, "a", "--file", tmp_path / "a.txt")

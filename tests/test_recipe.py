@@ -68,6 +68,7 @@ def test_a_recipe_means_what_it_says(good: Path) -> None:
             "learning_rat",
             "recipe.yaml:8: training has no key 'learning_rat'. Did you mean 'learning_rate'?",
         ),
+        ("name: lora", "name: [lora]", "recipe.yaml:6: method.name: there is no ['lora']."),
         ("name: lora", "name: lorra", "recipe.yaml:6: method.name: there is no 'lorra'. Did you mean 'lora'?"),
         ("name: lora, ", "", "recipe.yaml:6: method has no key 'name', which is one of: adalora, "),
         ("{name: lora, r: 4}", "[lora, {name: ia3, r: 3}]", "recipe.yaml:6: method.1 has no key 'r'."),
@@ -212,6 +213,20 @@ def test_set_makes_what_is_missing(good: Path) -> None:
     [
         ("training.epoch=1", "--set training.epoch=1: training has no key 'epoch'. Did you mean 'epochs'?"),
         ("training.epochs=x", "--set training.epochs=x: training.epochs: Input should be a valid number."),
+        ("training.epochs=.inf", "--set training.epochs=.inf: training.epochs: Input should be a finite number."),
+        ("training.seed=-1", "--set training.seed=-1: training.seed: Input should be greater than or equal to 0."),
+        (
+            "training.seed=4294967296",
+            "--set training.seed=4294967296: training.seed: Input should be less than 4294967296.",
+        ),
+        (
+            "training.label_smoothing_factor=1.5",
+            "--set training.label_smoothing_factor=1.5: training.label_smoothing_factor: Input should be less",
+        ),
+        (
+            "training.dataloader_num_workers=-1",
+            "--set training.dataloader_num_workers=-1: training.dataloader_num_workers: Input should be greater",
+        ),
         ("training.epochs", "--set training.epochs: write KEY=VALUE"),
         ("task.name=x", "--set task.name=x: task is no mapping in recipe.yaml."),
         ("data={train", "--set data={train:1: this is no YAML"),
@@ -244,7 +259,7 @@ def test_training_offers_what_trainingarguments_has(kind: type[TrainingArguments
     assert not set(recipes.SHORT) & set(defaults)
     for name in set(offered.model_fields) - set(recipes.OWN):
         value = getattr(defaults[name], "value", defaults[name])
-        if isinstance(value, bool | int | float | str) and not (name in recipes.POSITIVE and value <= 0):
+        if isinstance(value, bool | int | float | str) and not (name in recipes.LIMITS and value <= 0):
             offered.model_validate({name: value})
 
 

@@ -17,7 +17,7 @@ from trimtab import recipe as recipes
 from trimtab.errors import DataError
 from trimtab.tasks import TASKS, Data
 from trimtab.tasks.next_item import ranking
-from trimtab.training import train
+from trimtab.training import planned, train
 
 SCORES = {"good": 9.0, "fine": 7.0, "dull": 3.0, "bad": 1.0}
 TEXTS = [(f"the {thing} was {word}", score) for word, score in SCORES.items() for thing in ("film", "meal", "room")]
@@ -112,7 +112,7 @@ def test_users_and_items_are_tokens_of_their_own(tmp_path: Path, bert: Path) -> 
         "[CLS] <user:bob> <item:7> a room [SEP]",
         "[CLS] <user:ada> <item:7> [SEP]",
     ]
-    assert "validation: 1 of 1 rows have a user that no training row has" in said
+    assert "validation: 1 of 1 rows are of a new user, which no training row has" in said
     assert task.show(found["validation"][0])[0][0] == "[CLS] film <item:7> a room [SEP]"
     words = len(task.reader) - 4
     assert task.tokens() == list(range(words, words + 4))
@@ -123,6 +123,22 @@ def test_users_and_items_are_tokens_of_their_own(tmp_path: Path, bert: Path) -> 
     assert task.baseline(found["train"], found["validation"]) == pytest.approx({"rmse": 1.5, "mae": 1.5})
     strange = found["validation"].remove_columns("item").add_column("item", ["new"])
     assert task.baseline(found["train"], strange) == pytest.approx({"rmse": 5 - 11 / 3, "mae": 5 - 11 / 3})
+
+
+def test_columns_may_say_their_types(tmp_path: Path, bert: Path) -> None:
+    """As in the tables of ratings that RecBole reads."""
+    named = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
+    path = write_csv(tmp_path / "a.csv", [("1", "7", 4, 881250949), ("2", "9", 2, 881250950)], named)
+    task, _, _ = prepare("rating-prediction", bert, train=path, validation=path)
+    assert task.names == {"user": named[0], "item": named[1], "rating": named[2]}
+
+
+def test_a_plan_counts_users_and_items(tmp_path: Path, bert: Path) -> None:
+    write_csv(tmp_path / "a.csv", RATINGS, ("user", "item", "rating"))
+    settings = recipe(tmp_path, task="rating-prediction", model=str(bert),
+                      data={"train": "a.csv", "validation": "a.csv"}, training={"epochs": 1})  # fmt: skip
+    # 12 rows of 64 numbers; query and value of 2 layers, each A (4, 64) and B (64, 4); the head, (1, 64) and (1,)
+    assert planned(settings, lambda _: None).trainable_parameters == 12 * 64 + 2 * 2 * 2 * 4 * 64 + 64 + 1
 
 
 METHODS: list[Any] = [

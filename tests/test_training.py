@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trimtab import LoraConfig, PeftModel, Trainer, files, get_peft_model, run
 from trimtab import recipe as recipes
-from trimtab.errors import CheckpointError, ConfigError, TargetError, TrainingError, TrimtabError
+from trimtab.errors import CheckpointError, ConfigError, RecipeError, TargetError, TrainingError, TrimtabError
 from trimtab.trainer import RunTrainer, last_checkpoint
 from trimtab.training import train
 
@@ -178,6 +178,9 @@ def test_weights_that_do_not_change_are_an_error(recipe: Path) -> None:
         ("training.lr_scheduler_type=cosine_with_min_lr", ConfigError, "training: .*min_lr"),
         ("training.optim=adamw_anyprecision", ConfigError, "training: .*torchdistx"),
         ("training.save_strategy=steps", ConfigError, "training: "),
+        ("training.logging_steps=.inf", RecipeError, "a finite number"),
+        ("output=.", ConfigError, "output folder .* holds no run, but recipe.yaml. Name another"),
+        ('output="\\0"', ConfigError, "output folder .* cannot be made: embedded null byte"),
         ("output=train.csv", ConfigError, "output folder .* cannot be made"),
         ("output=train.csv/x", ConfigError, "output folder .* cannot be made"),
     ],
@@ -337,11 +340,21 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(recipe: Path, limit: i
     assert not same(saved(first.folder), before)
 
 
-def test_an_adapter_that_never_acts_is_no_result(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An aLoRA acts from its invocation tokens on; where rows lack them, only the head would be trained."""
-    monkeypatch.setattr("trimtab.training.run.logits", lambda *_: torch.zeros(3))
+def test_an_adapter_that_changes_no_prediction_is_no_result(recipe: Path) -> None:
+    """B of LoRA leaves zero, but by less than a float32 of the outputs can show."""
     with pytest.raises(TrainingError, match="changes no prediction"):
-        train(changed(recipe, "training.epochs=1"), silent)
+        train(changed(recipe, "training.epochs=1", "training.learning_rate=1e-20"), silent)
+
+
+def test_validation_scores_are_of_the_adapter_that_is_kept(recipe: Path) -> None:
+    """They were taken in training, when its checkpoint was written; those of the test rows are taken at the end.
+
+    The checkpoint is not the last one, at so high a rate.
+    """
+    settings = changed(recipe, "training.epochs=4", "training.learning_rate=1")
+    update = {"data": settings.data.model_copy(update={"validation": settings.data.test})}
+    metrics = train(settings.model_copy(update=update), silent).metrics
+    assert metrics["validation"] == pytest.approx(metrics["test"], rel=1e-6)
 
 
 def test_an_unfinished_run_can_be_thrown_away(recipe: Path, unbroken: Any) -> None:

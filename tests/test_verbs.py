@@ -51,6 +51,15 @@ def test_chat_answers_each_line(
     assert capsys.readouterr().out.split() == ["yes", "no"]
 
 
+def test_chat_takes_no_other_bytes_than_utf_8(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    assert trimtab("chat", talker) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+    assert trimtab("chat", talker, "--seed", "-1") == 2
+
+
 def test_chat_remembers_what_was_said_until_it_is_too_long(
     talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

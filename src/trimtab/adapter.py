@@ -271,7 +271,7 @@ class PeftConfig(BaseModel, ABC):
         ConfigError: an unknown keyword (named with the closest known one), or a value of the wrong type.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
     peft_type: ClassVar[str]
     trains: ClassVar[str]  # for the list of methods: what it trains, in a few words,
     when: ClassVar[str]  # when to use it,

@@ -87,8 +87,20 @@ NEEDS = {"early_stopping_threshold": "early_stopping_patience", "unfreezing_rati
 WATCHING = ("reduce_lr_on_plateau", "greedy")  # schedules that go by the scores of evaluation,
 UNWARMED = ("constant", *WATCHING)  # and those that know no warmup
 
-POSITIVE = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
-            "gradient_accumulation_steps", "generation_max_length", "generation_num_beams")  # fmt: skip
+# What TrainingArguments takes, but no training could be done with.
+_SOME: dict[str, Any] = {"gt": 0}
+LIMITS: dict[str, dict[str, Any]] = {
+    "dataloader_num_workers": {"ge": 0},
+    "generation_max_length": _SOME,
+    "generation_num_beams": _SOME,
+    "gradient_accumulation_steps": _SOME,
+    "label_smoothing_factor": {"ge": 0, "le": 1},
+    "learning_rate": _SOME,
+    "num_train_epochs": _SOME,
+    "per_device_eval_batch_size": _SOME,
+    "per_device_train_batch_size": _SOME,
+    "seed": {"ge": 0, "lt": 2**32},
+}
 
 # Fields of the method's config that the run fills in itself.
 FILLED_IN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type")
@@ -341,9 +353,10 @@ def _training_model(generates: bool) -> type[BaseModel]:
     hints = typing.get_type_hints(arguments)
     names = [name for name in arguments.__dataclass_fields__ if name not in NOT_OFFERED]
     fields: dict[str, Any] = {
-        name: (_accepted(hints[name]), Field(None, gt=0) if name in POSITIVE else None) for name in names
+        name: (_accepted(hints[name]), Field(None, **LIMITS[name]) if name in LIMITS else None) for name in names
     }
-    return create_model("Training", __config__=ConfigDict(extra="forbid", strict=True), **fields, **OWN)
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return create_model("Training", __config__=config, **fields, **OWN)
 
 
 def _accepted(hint: Any) -> Any:

@@ -106,7 +106,7 @@ class RecipeFile:
         return isinstance(self._node(at), MappingNode)
 
     def check_choice(self, at: Loc, value: Any, options: Collection[str]) -> None:
-        if value not in options:
+        if value not in tuple(options):  # a list or a mapping could be no key of a dict
             hint = did_you_mean(str(value), options)
             raise self.error(at, f"{self.name(at)}: there is no {value!r}.{hint}")
 

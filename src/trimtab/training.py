@@ -42,7 +42,7 @@ CHECKPOINTS = "checkpoints"
 RENAMED = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
 NOT_WRITTEN = ("I/O error", "PytorchStreamWriter", "No space left", "unexpected pos")  # of safetensors, and of torch
-SAMPLE = 32  # rows on which the saved adapter must predict what the trained one does
+SAMPLE = 8  # rows on which the saved adapter must predict what the trained one does
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def train(
             f"Training changed no weight of the adapter in {trainer.state.global_step} steps. Is the learning rate far "
             "too small, or does the warmup (training.warmup_ratio) take all of them?"
         )
-    after = {split: scores(trainer, found) for split, found in held_out.items()}
+    known = _known(trainer)
+    after = {split: known.get(split) or scores(trainer, found) for split, found in held_out.items()}
     trainable, total = model.get_nb_trainable_parameters()
     metrics: dict[str, Any] = {
         **after,
@@ -378,16 +379,20 @@ def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
             arguments.lr_scheduler_kwargs = {**settings.get("lr_scheduler_kwargs", {}), "mode": mode}
         Trainer.get_optimizer_cls_and_kwargs(arguments)
         _try_schedule(arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ArithmeticError, ImportError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from None
     return arguments
 
 
 def _make_folder(output: Path) -> None:
+    """Raises: ConfigError, where there is a folder with something else, which a run would write over."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"The output folder {output} cannot be made: {error.strerror}.") from None
+        names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    except (OSError, ValueError) as error:  # the latter of a name with a zero byte
+        raise ConfigError(f"The output folder {output} cannot be made: {error}.") from None
+    if names and not names & {CHECKPOINTS, files.CONFIG}:
+        raise ConfigError(f"The output folder {output} holds no run, but {min(names)}. Name another, or a new one.")
 
 
 def _try_schedule(arguments: transformers.TrainingArguments) -> None:
@@ -472,8 +477,20 @@ def _strategies(recipe: Recipe, model: Any) -> list[transformers.TrainerCallback
 
 def scores(trainer: Trainer, rows: Any) -> dict[str, float]:
     """The task's metrics of encoded rows, and their loss."""
-    measured = trainer.predict(rows, metric_key_prefix="").metrics or {}
-    named = {name.removeprefix("_"): value for name, value in measured.items()}
+    return _scores(trainer.predict(rows, metric_key_prefix="").metrics or {}, "_")
+
+
+def _known(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """By split, scores taken in training: those of the best checkpoint, if the model has it again."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return {}
+    lines = (line for line in state.log_history if line["step"] == state.best_global_step and "eval_loss" in line)
+    return {"validation": _scores(next(lines), "eval_")}
+
+
+def _scores(measured: dict[str, float], prefix: str) -> dict[str, float]:
+    named = {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
     return {name: value for name, value in named.items() if not name.endswith(("runtime", "per_second", "time"))}
 
 

@@ -12,7 +12,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is drawn at a temperature.")] = 0,
 ) -> None:
     """Talk with a model that was tuned on chats or instructions: a line, an answer.
 
@@ -48,9 +48,11 @@ def chat(
 
 
 def _line() -> str:
-    if not sys.stdin.isatty():
-        return sys.stdin.readline().strip()
+    from ..errors import DataError
+
     try:
-        return input("> ").strip()
+        return (input("> ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise DataError(f"What was typed, or piped in, is not UTF-8: {error.reason}.") from None

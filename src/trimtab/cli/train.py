@@ -1,5 +1,6 @@
 """`trimtab train`: from a recipe, or from data and a model alone, to an adapter that was checked."""
 
+import gc
 import os
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ def train(
     from ..report import plan, summary
     from .together import read, together
 
+    gc.freeze()  # nor through all that again, each time that what was trained is let go
     console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
     say, bar = partial(console.print, markup=False), ProgressBar(console)
     recipes = read(given, model, overrides or (), resume, say)

@@ -13,6 +13,7 @@ from .collection import Media
 from .media import MediaTask
 
 SECONDS = 2.0  # of noise
+RATES = (1_000, 1_000_000)  # samples a second; beyond, a few bytes of a broken file would fill the memory
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,17 @@ class AudioTask(MediaTask):
         try:
             samples, rate = soundfile.read(io.BytesIO(packed), dtype="float32", always_2d=True)  # (T, channels)
         except (soundfile.SoundFileError, RuntimeError) as error:
-            raise DataError(f"{collection.title(file)} is no recording that can be read: {error}") from None
+            reason = getattr(error, "error_string", error)
+            raise DataError(f"{collection.title(file)} is no recording that can be read: {reason}") from None
+        if _is_cut(packed):
+            raise DataError(f"{collection.title(file)} is cut off: it is shorter than it says.")
         mono = samples.mean(1)
         if not len(mono):
             raise DataError(f"{collection.title(file)} holds no samples.")
         if not np.isfinite(mono).all():
             raise DataError(f"{collection.title(file)} holds samples that are no numbers.")
+        if not RATES[0] <= rate <= RATES[1]:
+            raise DataError(f"{collection.title(file)} says that it has {rate} samples a second: it is damaged.")
         wanted = int(self.extractor.sampling_rate)
         if rate != wanted:
             common = math.gcd(rate, wanted)
@@ -76,3 +82,9 @@ class AudioTask(MediaTask):
 
         size = int(SECONDS * self.extractor.sampling_rate)
         return list(np.random.default_rng(0).normal(0, 0.1, (4, size)).astype(np.float32))
+
+
+def _is_cut(packed: bytes) -> bool:
+    """Whether a WAV file ends before its end. (Who writes one to a pipe says that it is as long as can be.)"""
+    size = int.from_bytes(packed[4:8], "little")
+    return packed[:4] == b"RIFF" and len(packed) < size + 8 < 2**31

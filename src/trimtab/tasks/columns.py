@@ -19,7 +19,8 @@ def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional
     for name, column in data.columns.items():
         if column not in found.column_names:
             raise DataError(f"{data.train} has no column {column!r} (data.columns.{name}). It has: {there}.")
-    lowered = {column.lower(): column for column in found.column_names if column not in data.columns.values()}
+    free = (column for column in found.column_names if column not in data.columns.values())
+    lowered = {column.lower().partition(":")[0]: column for column in free}  # of tables of ratings "item_id:token"
     guessed: dict[str, str] = {}
     for name, words in usual.items():
         hit = next((lowered[word] for word in words if word in lowered), None)
@@ -27,7 +28,7 @@ def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional
             continue
         if hit is not None:
             guessed[name] = hit
-            del lowered[hit.lower()]
+            lowered = {word: column for word, column in lowered.items() if column != hit}
         elif name not in optional:
             needed = ", ".join(f"{name}: ..." for name in usual if name not in optional)
             hint = f"data: {{columns: {{{needed}}}}}"

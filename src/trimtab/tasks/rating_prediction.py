@@ -41,7 +41,7 @@ class RatingPrediction(IdentifierTask, TextRegression):
         for kind in ("user", "item"):
             strange = sum(not self.knows(kind, name) for name in cells[kind])
             if strange:
-                say(f"{split}: {strange} of {len(cells[kind])} rows have a {kind} that no training row has")
+                say(f"{split}: {strange} of {len(cells[kind])} rows are of a new {kind}, which no training row has")
         return super().encode(cells, split, say).add_column("item", cells["item"])
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -138,8 +138,11 @@ class Task(ABC):
         """The task of a finished run, as `save` left it."""
         if not (folder / SAVED).is_file():
             raise CheckpointError(f"{folder} was not written by `trimtab train`: there is no {SAVED} in it.")
-        known = json.loads((folder / SAVED).read_text(encoding="utf-8"))
-        return cls(reader=cls.load_reader(str(folder)), **known)
+        reader = cls.load_reader(str(folder))
+        try:
+            return cls(reader=reader, **json.loads((folder / SAVED).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder / SAVED} is damaged: {error}.") from None
 
     def save(self, folder: Path) -> None:
         """Write what prediction needs beside the adapter: how the model reads, labels."""
