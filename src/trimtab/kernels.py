@@ -225,10 +225,12 @@ class Stacks:
         return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype)).mT
 
     def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As `stacked`, and as products of few rows read them fastest; made once, until somebody changes a pair."""
+        """As `stacked`, made once, until somebody changes a pair."""
         versions = [0 if part.is_inference() else part._version for pair in self.pairs for part in pair]
         if self._made is None or self._made[0] != versions:
-            A, B = self.stacked(dtype)
+            self._made = versions, self.stacked(dtype)
+        elif not self._made[1][1].is_contiguous():  # as products of few rows read it fastest: it is used again
+            A, B = self._made[1]
             self._made = versions, (A, B.contiguous())
         return self._made[1]
 

@@ -64,7 +64,7 @@ class LoraAdapter(Adapter):
         shape = weights.layout(site)
         assert shape is not None
         self.scale, self.dropout = scale, dropout
-        self.embeds = isinstance(site, nn.Embedding)
+        self.embeds, self.is_linear = isinstance(site, nn.Embedding), is_linear(site)
         self.A = weights.new_parameter(site, r, shape.into, *shape.kernel)
         self.B = weights.new_parameter(site, shape.out, r // shape.groups, *[1] * len(shape.kernel))
         self.rank = r, min(shape.out, self.A[0].numel())
@@ -134,7 +134,7 @@ class LoraAdapter(Adapter):
 
     def joins(self, site: nn.Module) -> bool:
         others = (self.magnitude, self.start, self.invocation, self.bias)
-        return type(self) is LoraAdapter and is_linear(site) and all(other is None for other in others)
+        return type(self) is LoraAdapter and self.is_linear and all(other is None for other in others)
 
     @classmethod
     def after_groups(
