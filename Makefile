@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 # What is tried and demonstrated here must not depend on the network, and two test processes share two cores.
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install check test demo bench bench-many bench-methods docs
+.PHONY: install check test demo bench bench-speed bench-many bench-methods docs
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -35,13 +35,15 @@ test: $(STAMP)
 demo: $(STAMP)
 	@$(RUN) $(BIN)/trimtab demo --output runs/demo
 
-# ROWS: what is measured, of what takes hours, such as ROWS='--models minilm --shapes 16x64'.
-bench: $(STAMP)
+# Both, side by side with HF PEFT. The first takes hours: ROWS says what of it, such as ROWS='--models minilm'.
+bench: bench-speed bench-many
+
+bench-speed: $(STAMP)
 	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ROWS)
 
-# Mixed batches and packed training. About 15 minutes.
+# Mixed batches and packed training. About 10 minutes. MANY: settings, such as MANY='--rounds 3'.
 bench-many: $(STAMP)
-	@$(RUN) $(BIN)/python benchmarks/many.py $(ROWS)
+	@$(RUN) $(BIN)/python benchmarks/many.py $(MANY)
 
 # SST2: a folder with train.jsonl.gz and dev.jsonl.gz, of lines {"text": "...", "label": 0 or 1}. About 40 minutes.
 bench-methods: $(STAMP)

@@ -395,7 +395,7 @@ def page(run: dict[str, Any]) -> str:
     return f"""\
 # Time and memory of a step
 
-Made by `make bench` (benchmarks/speed.py); the same numbers, and more, are in [speed.json](speed.json).
+Made by `make bench-speed` (benchmarks/speed.py); the same numbers, and more, are in [speed.json](speed.json).
 
 ![Step time over the bound](speed.png)
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from trimtab import AdaLoraConfig, LoraConfig, PromptTuningConfig, files, get_peft_model
 from trimtab import recipe as recipes
+from trimtab.arguments import arguments_of
 from trimtab.errors import ConfigError
 from trimtab.objective import Objective, class_weights
 from trimtab.tasks.text_classification import TextClassification
 from trimtab.trainer import RunTrainer
-from trimtab.training import Result, arguments_of, planned, train
+from trimtab.training import Result, planned, train
 
 
 def silent(line: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import evaluation, record, run, watch
+from .arguments import settings_of
 from .errors import ConfigError, TrainingError, did_you_mean
 from .methods import METHODS
 from .recipe import Recipe
@@ -22,7 +23,6 @@ from .report import size
 from .run import METRICS
 from .tasks import TASKS
 from .tasks.columns import Say
-from .training import settings_of
 
 FACTOR = 4.0
 PASSES = 30  # of which the fastest is the latency

@@ -10,11 +10,11 @@ import numpy as np
 import transformers
 
 from . import record, run, watch
+from .arguments import arguments_of
 from .run import Run
 from .tasks import TASKS
 from .tasks.columns import Say
 from .trainer import RunTrainer
-from .training import arguments_of
 
 RESAMPLES = 200
 COVERED = (2.5, 97.5)  # percentiles

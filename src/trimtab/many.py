@@ -15,13 +15,14 @@ import yaml
 
 from . import recipe as reading
 from . import record
+from .arguments import settings_of
 from .errors import ConfigError, TrimtabError
 from .lockstep import Job, Lockstep
 from .recipe import Recipe
 from .run import METRICS, RECIPE
 from .tasks import TASKS
 from .tasks.columns import Say
-from .training import Result, flat, settings_of, train
+from .training import Result, flat, train
 
 RANKING = "ranking.json"
 CURVES = "losses.png"

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 import os
 import resource
 import shutil
@@ -22,14 +21,13 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import distillation, files, layers, record, run, watch, weights
+from . import files, record, run, strategies, watch, weights
+from .arguments import CHECKPOINTS, arguments_of, settings_of, steps_of
 from .errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from .kbit import prepare_model_for_kbit_training
 from .lockstep import Job
 from .model import get_peft_model
-from .objective import OBJECTIVES, Distillation, Objective, class_weights
-from .optimizers import EMBEDDING_LR, loraplus_rates
-from .recipe import OWN, UNWARMED, WATCHING, Recipe
+from .recipe import Recipe
 from .run import METRICS, RECIPE, TOLERANCE
 from .targets import PartialTargetWarning
 from .tasks import TASKS, Task, packing
@@ -38,9 +36,6 @@ from .tasks.columns import Say
 from .tasks.task import Piece
 from .trainer import RunTrainer, Trainer, had_stopped, last_checkpoint
 
-CHECKPOINTS = "checkpoints"
-RENAMED = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
-GENERATED = 128  # tokens that a model writes at most, where the recipe says nothing
 NOT_WRITTEN = ("I/O error", "PytorchStreamWriter", "No space left", "unexpected pos")  # of safetensors, and of torch
 SAMPLE = 8  # rows on which the saved adapter must predict what the trained one does
 
@@ -105,8 +100,8 @@ def train(
     trainer = RunTrainer(
         recipe.output,
         task.metrics,
-        _objective(recipe, arguments, model, task, rows["train"]),
-        _rates(recipe, arguments, model),
+        strategies.objective(recipe, arguments, model, task, rows["train"]),
+        strategies.rates(recipe, arguments, model),
         job,
         task.write if task.generates else None,
         model=model,
@@ -117,7 +112,7 @@ def train(
         preprocess_logits_for_metrics=task.reduced,
         callbacks=[
             *([record.History(recipe.output / record.HISTORY, _steps(last)), *callbacks] if main else ()),
-            *_strategies(recipe, model),
+            *strategies.callbacks(recipe, model),
         ],
     )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
@@ -129,7 +124,9 @@ def train(
     # accumulated rows. They do not: loss and gradients would be those of one step times gradient_accumulation_steps.
     trainer.model_accepts_loss_kwargs &= task.divides_loss
     if recipe.data.packing:
-        _refuse(model, "data.packing", "acts_on_rows", "acts on each row as a whole, which in a block it could not")
+        strategies.refuse(
+            model, "data.packing", "acts_on_rows", "acts on each row as a whole, which in a block it could not"
+        )
         packing.check(model, rows["train"])
     with watch.busy("Trying the longest batch"):
         trainer.try_longest(task.length)
@@ -240,14 +237,6 @@ def planned(recipe: Recipe, say: Say = print) -> Planned:
     return Planned(recipe, {split: task.count(found) for split, found in rows.items()}, trainable, total, steps)
 
 
-def steps_of(arguments: transformers.TrainingArguments, rows: int) -> int:
-    """How often a training on so many rows changes the weights."""
-    if arguments.max_steps > 0:
-        return int(arguments.max_steps)
-    batches: int = math.ceil(rows / arguments.train_batch_size / arguments.world_size)
-    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
-
-
 def _show_examples(task: Task, rows: Any, say: Say) -> None:
     for i in range(min(2, len(rows))):
         say(_example(f"Example {i + 1}, what is learned in brackets: ", task.show(rows[i])))
@@ -324,66 +313,6 @@ def _example(title: str, pieces: Iterable[Piece]) -> Text:
     return shown
 
 
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's training settings over defaults for small data: evaluate each epoch, keep the best checkpoint.
-
-    The learning rate is the LoRA paper's for RoBERTa base (table 9), times what suits the method better.
-    """
-    evaluated, task = recipe.training.get("eval_strategy", "epoch"), TASKS[recipe.task]
-    best: dict[str, Any] = {"metric_for_best_model": task.metric, "greater_is_better": task.higher_is_better}
-    if recipe.training.get("metric_for_best_model", task.metric).removeprefix("eval_") != task.metric:
-        best = {}
-    return {
-        "num_train_epochs": 3.0,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 64,
-        "learning_rate": 5e-4 * recipe.relative_rate,
-        "lr_scheduler_type": "linear",
-        **({} if recipe.training.get("lr_scheduler_type") in UNWARMED else {"warmup_steps": 0.1}),
-        "eval_strategy": evaluated,
-        "save_strategy": evaluated,
-        "save_steps": recipe.training.get("eval_steps") or 500,
-        "save_total_limit": 2,  # the best and the last
-        "load_best_model_at_end": evaluated != "no",
-        **best,
-        **({"generation_max_length": GENERATED} if task.generates else {}),
-        "logging_steps": 1,
-        "seed": 0,
-        **recipe.training,
-    }
-
-
-def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
-    """What transformers' Trainer is told. Of several processes each waits here for the others. Raises: ConfigError."""
-    settings: dict[str, Any] = {
-        "dataloader_pin_memory": torch.cuda.is_available(),  # without a graphics card it only warns
-        "use_cpu": not torch.accelerator.is_available(),  # without it bf16 is refused there
-        **settings_of(recipe),
-        "output_dir": str(recipe.output / CHECKPOINTS),
-        "logging_nan_inf_filter": False,
-        "ddp_find_unused_parameters": True,  # those of layers that are frozen for now
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
-    }
-    for old, new in RENAMED.items():  # recipes may have either
-        if old in settings and new in transformers.TrainingArguments.__dataclass_fields__:
-            settings[new] = settings.pop(old)
-    for own in (*OWN, "label_smoothing_factor"):  # what this module and objective.py do themselves
-        settings.pop(own, None)
-    try:
-        arguments = transformers.Seq2SeqTrainingArguments(**settings)
-        if arguments.lr_scheduler_type in WATCHING:  # else it would take a growing accuracy for a growing loss
-            mode = "max" if arguments.greater_is_better else "min"
-            arguments.lr_scheduler_kwargs = {**settings.get("lr_scheduler_kwargs", {}), "mode": mode}
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
-        _try_schedule(arguments)
-    except (ValueError, TypeError, ArithmeticError, ImportError) as error:
-        raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from None
-    return arguments
-
-
 def _make_folder(output: Path) -> None:
     """Raises: ConfigError, where there is a folder with something else, which a run would write over."""
     try:
@@ -393,13 +322,6 @@ def _make_folder(output: Path) -> None:
         raise ConfigError(f"The output folder {output} cannot be made: {error}.") from None
     if names and not names & {CHECKPOINTS, files.CONFIG}:
         raise ConfigError(f"The output folder {output} holds no run, but {min(names)}. Name another, or a new one.")
-
-
-def _try_schedule(arguments: transformers.TrainingArguments) -> None:
-    """Make a learning-rate schedule for nothing: the Trainer makes its own only when training starts."""
-    optimizer = torch.optim.SGD([torch.zeros(1)])
-    settings: Any = arguments.lr_scheduler_kwargs
-    transformers.get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=settings)
 
 
 def adapted(recipe: Recipe, task: Task, job: Job | None = None) -> Any:
@@ -422,57 +344,6 @@ def with_adapter(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> An
             return get_peft_model(model, config)
         except PartialTargetWarning as warning:
             raise ConfigError(f"{warning} The command `trimtab targets {recipe.model}` lists what there is.") from None
-
-
-def _rates(recipe: Recipe, arguments: transformers.TrainingArguments, model: Any) -> dict[Any, float]:
-    """How much of the learning rate each parameter has, where the recipe makes a difference. Raises: ConfigError."""
-    found: dict[Any, float] = {}
-    if ratio := recipe.training.get("loraplus_lr_ratio"):
-        found = loraplus_rates(model, ratio, EMBEDDING_LR / arguments.learning_rate)
-    if decay := recipe.training.get("layerwise_lr_decay"):
-        found |= {parameter: rate * found.get(parameter, 1.0) for parameter, rate in layers.rates(model, decay).items()}
-    return found
-
-
-def _objective(
-    recipe: Recipe, arguments: transformers.TrainingArguments, model: Any, task: Any, rows: Any
-) -> Objective | None:
-    """What is minimized, where the recipe asks for more than the model's own loss, or that is of one batch only.
-
-    The mean over all labels of accumulated batches is not the mean of their means. Raises: ConfigError.
-    """
-    asked = {name: recipe.training[name] for name in OBJECTIVES if recipe.training.get(name)}
-    if not asked and (task.divides_loss or not task.cross_entropy):
-        return None
-    for key in asked:
-        _refuse(model, f"training.{key}", "makes_loss", "makes a loss of its own")
-    weights, taught = asked.get("class_weights"), asked.get("distillation")
-    return Objective(
-        asked.get("label_smoothing_factor", 0.0),
-        weights and class_weights(weights, task.labels, rows["labels"]),
-        taught and distillation.load(Distillation(**taught), task, model.dtype, arguments.device),
-    )
-
-
-def _refuse(model: Any, key: str, trait: str, reason: str) -> None:
-    """Raise a ConfigError where one of the recipe's methods has a trait beside which the key means nothing."""
-    config = model.peft_config["default"]
-    for method in (config, *config.union_of()):
-        if getattr(method, trait):
-            raise ConfigError(f"{key}: {type(method).__name__} {reason}. Leave out the one or the other.")
-
-
-def _strategies(recipe: Recipe, model: Any) -> list[transformers.TrainerCallback]:
-    """What acts between the steps, as the recipe asks. Raises: ConfigError."""
-    asked, found = recipe.training, list[transformers.TrainerCallback]()
-    if patience := asked.get("early_stopping_patience"):
-        found.append(transformers.EarlyStoppingCallback(patience, asked.get("early_stopping_threshold", 0.0)))
-    if begin := asked.get("gradual_unfreezing"):
-        _refuse(
-            model, "training.gradual_unfreezing", "compares_layers", "compares all layers, which must train at once"
-        )
-        found.append(layers.GradualUnfreezing(model, begin, asked.get("unfreezing_ratio", 1.0)))
-    return found
 
 
 def scores(trainer: Trainer, rows: Any) -> dict[str, float]:
