@@ -35,7 +35,8 @@ TARGETS = {"query and value": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 PACKS = ((4, 64), (16, 16))  # jobs x tokens of each in a step
 ROWS, PROMPT, NEW = 16, 8, 32  # of mixed batches: rows, each with its own adapter; tokens given; tokens generated
 VOCABULARY = 2048
-Times = dict[str, tuple[float, float]]
+TURNS = 3  # of whole trainings
+Times = dict[str, dict[str, Any]]
 
 
 def llama(**settings: Any) -> Any:
@@ -74,7 +75,7 @@ def theirs(model: Any, ours: Any, names: list[str]) -> Any:
 
 
 def timed(kinds: dict[str, Callable[[], object]], rounds: int) -> Times:
-    """Medians of seconds by the clock and of the processor, by kind."""
+    """What `compared` makes of it, after so many rounds in which the kinds take turns."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     for number in range(rounds + 1):
         for name, act in kinds.items():
@@ -82,7 +83,28 @@ def timed(kinds: dict[str, Callable[[], object]], rounds: int) -> Times:
             act()
             if number:  # the first warms up
                 found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {name: tuple(map(statistics.median, zip(*all_, strict=True))) for name, all_ in found.items()}  # type: ignore[misc]
+    return compared(found)
+
+
+def compared(found: dict[str, list[tuple[float, float]]]) -> Times:
+    """By kind medians of seconds by the clock and of the processor, and of what they are over those of another kind.
+
+    Over another's in the same round: from one round to the next the machine may be a third quicker or slower.
+    """
+
+    def medians(pairs: list[tuple[float, float]]) -> list[float]:
+        return [statistics.median(values) for values in zip(*pairs, strict=True)]
+
+    return {
+        name: {
+            "seconds": medians(own),
+            "over": {
+                other: medians([(a[0] / b[0], a[1] / b[1]) for a, b in zip(own, its, strict=True)])
+                for other, its in found.items()
+            },
+        }
+        for name, own in found.items()
+    }
 
 
 def mixed(targets: Any, rounds: int, **settings: Any) -> dict[str, Times]:
@@ -188,16 +210,13 @@ class Clock(transformers.TrainerCallback):
 
 def trained(targets: Any, jobs: int, tokens: int, steps: int, **settings: Any) -> Times:
     """Whole trainings of one row a step: `train_many`, and HF PEFT with transformers' Trainer one after another."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        llama(**settings).save_pretrained(folder / "model")
-        tokenizer(folder / "model")
-        words = torch.randint(3, VOCABULARY, (40, tokens - 2), generator=torch.Generator().manual_seed(0))
-        texts = [" ".join(f"w{i - 3}" for i in row) for row in words.tolist()]
+    plain = {"max_steps": steps, "per_device_train_batch_size": 1, "learning_rate": 1e-4}
+    words = torch.randint(3, VOCABULARY, (40, tokens - 2), generator=torch.Generator().manual_seed(0))
+    texts = [" ".join(f"w{i - 3}" for i in row) for row in words.tolist()]
+
+    def ours(folder: Path) -> tuple[float, float]:
         (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        plain = {"max_steps": steps, "per_device_train_batch_size": 1, "learning_rate": 1e-4, "seed": 0}
-        clock = Clock()
-        found = []
+        found, clock = [], Clock()
         for number in range(jobs):
             path = folder / f"{number}.yaml"
             training = {**plain, "seed": number, "eval_strategy": "no", "save_strategy": "no"}
@@ -207,23 +226,37 @@ def trained(targets: Any, jobs: int, tokens: int, steps: int, **settings: Any) -
             path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
             found.append(recipes.read(path))
         # All are as long, so the first one's steps are those of all; at its end it goes on to save what it has.
-        ranking = many.train_many(found, lambda _: None, lambda name: [clock] if name == "run-0" else [])
+        ranking = many.train_many(
+            found, lambda _: None, lambda name: [clock] if name == "run-0" else [], overwrite=True
+        )
         assert not many.failures(ranking), many.failures(ranking)
-        wall = cpu = 0.0
+        return clock.passed
+
+    def theirs(folder: Path) -> tuple[float, float]:
+        passed = []
         for number in range(jobs):
-            config = peft.LoraConfig(r=8, target_modules=targets)
-            model = peft.get_peft_model(llama(**settings), config)
+            model = peft.get_peft_model(llama(**settings), peft.LoraConfig(r=8, target_modules=targets))
             rows = [{"input_ids": row, "labels": row} for row in words]
-            own = Clock()
             arguments = transformers.TrainingArguments(
-                folder / "hf", **{**plain, "seed": number}, logging_steps=1, report_to="none", save_strategy="no",
+                folder / "hf", **plain, seed=number, logging_steps=1, report_to="none", save_strategy="no",
                 use_cpu=not torch.accelerator.is_available(), disable_tqdm=True,
             )  # fmt: skip
-            trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[own])
+            clock = Clock()
+            trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[clock])
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
-            wall, cpu = wall + own.passed[0], cpu + own.passed[1]
-    return {"ours": clock.passed, "hf": (wall, cpu)}
+            passed.append(clock.passed)
+        wall, cpu = map(sum, zip(*passed, strict=True))
+        return wall, cpu
+
+    with tempfile.TemporaryDirectory() as name:
+        llama(**settings).save_pretrained(Path(name) / "model")
+        tokenizer(Path(name) / "model")
+        taken: dict[str, list[tuple[float, float]]] = {"ours": [], "hf": []}
+        for _ in range(TURNS):
+            for kind, whole in (("ours", ours), ("hf", theirs)):
+                taken[kind].append(whole(Path(name)))
+    return compared(taken)
 
 
 def main(arguments: list[str] | None = None, **settings: Any) -> None:
@@ -261,13 +294,13 @@ def main(arguments: list[str] | None = None, **settings: Any) -> None:
 
 def page(found: dict[str, Any]) -> str:
     def times(one: Any, kind: str) -> str:
-        return f"{1000 * one[kind][0]:.0f} / {1000 * one[kind][1]:.0f}"
+        return " / ".join(f"{1000 * value:.0f}" for value in one[kind]["seconds"])
 
     def seconds(one: Any, kind: str) -> str:
-        return f"{one[kind][0]:.1f} / {one[kind][1]:.1f}"
+        return " / ".join(f"{value:.1f}" for value in one[kind]["seconds"])
 
     def over(one: Any, kind: str, other: str) -> str:
-        return f"{one[kind][0] / one[other][0]:.2f} / {one[kind][1] / one[other][1]:.2f}"
+        return " / ".join(f"{value:.2f}" for value in one[kind]["over"][other])
 
     batches = [
         f"| {targets} | {what} | {times(one, 'base')} | {over(one, 'ours', 'base')} | {over(one, 'hf', 'base')} |"
@@ -314,7 +347,7 @@ gradients of activations, on the same batch, without an optimizer. HF PEFT takes
 ## Whole trainings
 
 `trimtab.many.train_many`, and HF PEFT with transformers' Trainer, one training after another: seconds from the second
-step to the last, with all that the Trainers do in between.
+step to the last, with all that the Trainers do in between; medians of {TURNS} turns.
 
 | LoRA at | jobs x tokens | ours, s | HF PEFT, s | HF PEFT / ours |
 | --- | --- | ---: | ---: | ---: |

@@ -223,8 +223,12 @@ def check(models: dict[str, Any], given: dict[str, Tensor], dropout: bool) -> fl
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def times(models: dict[str, Any], given: dict[str, Tensor], steps: int) -> dict[str, dict[str, float]]:
-    """Seconds of a step, by the wall clock and by the processor's time of this process: median and least."""
+def times(models: dict[str, Any], given: dict[str, Tensor], steps: int) -> dict[str, dict[str, Any]]:
+    """Seconds of a step, by the wall clock and by the processor's time of this process: median and least.
+
+    `over` is the median of what a step takes in those of each other kind of the same round: from one round to the next
+    the machine may be a third quicker or slower.
+    """
     taken: dict[str, dict[str, list[float]]] = {side: {"wall": [], "cpu": []} for side in models}
     gc.collect()
     gc.disable()
@@ -244,6 +248,12 @@ def times(models: dict[str, Any], given: dict[str, Tensor], steps: int) -> dict[
             f"{clock}_{name}": form(values)
             for clock, values in clocks.items()
             for name, form in (("median", statistics.median), ("min", min))
+        }
+        | {
+            "over": {
+                other: statistics.median(a / b for a, b in zip(clocks["cpu"], taken[other]["cpu"], strict=True))
+                for other in taken
+            }
         }
         for side, clocks in taken.items()
     }
@@ -356,7 +366,9 @@ def place(row: dict[str, Any]) -> tuple[int, int, str]:
 
 def ratio(row: dict[str, Any], side: str, over: str, key: str) -> float | None:
     there = row["sides"]
-    return there[side][key] / there[over][key] if side in there and over in there else None
+    if side not in there or over not in there:
+        return None
+    return there[side]["over"][over] if key == "time" else there[side][key] / there[over][key]
 
 
 def shown(value: float | None, form: str = ".2f") -> str:
@@ -375,15 +387,15 @@ def page(run: dict[str, Any]) -> str:
     for row in run["rows"]:
         lines.append([
             row["model"], row["shape"], row["method"],
-            *[shown(ratio(row, *pair, "cpu_min")) for pair in
+            *[shown(ratio(row, *pair, "time")) for pair in
               (("ours", "bound"), ("hf", "bound"), ("ours", "hf"), ("full", "bound"))],
-            shown(row["sides"]["bound"]["cpu_min"], ".3f"),
+            shown(row["sides"]["bound"]["cpu_median"], ".3f"),
             *[shown(ratio(row, side, "bound", key)) for key in ("saved_bytes", "peak_bytes") for side in SIDES[:2]],
         ])  # fmt: skip
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    beside = [found for row in run["rows"] if (found := ratio(row, "ours", "hf", "cpu_min"))]
+    beside = [found for row in run["rows"] if (found := ratio(row, "ours", "hf", "time"))]
     dropped = [
-        found for row in run["rows"] if (found := ratio(row, "ours", "hf", "cpu_min")) and "dropout" in row["method"]
+        found for row in run["rows"] if (found := ratio(row, "ours", "hf", "time")) and "dropout" in row["method"]
     ]
     verb_lines = [["model", "method", *[f"{verb}, {side}" for verb in VERBS for side in ("ours", "HF")]]]
     verb_lines.append(["---", "---", *["---:"] * (2 * len(VERBS))])
@@ -408,8 +420,8 @@ forward pass and its gradients of activations alone, with the same loss. No step
 cheaper.
 
 - A step is forward and backward, without the optimizer. The kinds take turns, at least {run["steps"]} times each, where
-  they are quick until {SECONDS} s are over, and the least of the process's own processor time counts, since other
-  programs were running; medians and the wall clock are in speed.json.
+  they are quick until {SECONDS} s are over; a ratio is the median of the rounds', in the process's own processor time.
+  Least and median seconds, also by the wall clock, are in speed.json.
 - saved: bytes that the forward pass leaves for the backward pass, beside the parameters; each tensor counted once.
 - peak: the most bytes that a step holds at a time beyond the model, gradients included.
 - HF PEFT has the same weights. Its loss equals ours to 1e-4, and no gradient is zero as a whole: that is asserted
@@ -437,7 +449,7 @@ def draw(run: dict[str, Any], path: Path) -> None:
     rows = run["rows"]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
     for side, mark, colour in (("ours", "o", "tab:blue"), ("hf", "x", "tab:red")):
-        points = [(ratio(row, side, "bound", "cpu_min"), -i) for i, row in enumerate(rows) if side in row["sides"]]
+        points = [(ratio(row, side, "bound", "time"), -i) for i, row in enumerate(rows) if side in row["sides"]]
         axes.plot(*zip(*points, strict=True), mark, color=colour, label={"hf": "HF PEFT"}.get(side, side))
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks([-i for i in range(len(rows))])
@@ -484,7 +496,7 @@ def main(arguments: list[str] | None = None) -> None:
                 for row in measure(model, name, given.shapes, given.steps):
                     found[place(row)] = row
                     run["rows"] = [found[known] for known in sorted(found)]
-                    kinds = {side: shown(ratio(row, side, "bound", "cpu_min")) for side in row["sides"]}
+                    kinds = {side: shown(ratio(row, side, "bound", "time")) for side in row["sides"]}
                     print(f"{model} {row['shape']} {name}: {kinds}", flush=True)
                     results.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     (given.output / "speed.md").write_text(page(run), encoding="utf-8")

@@ -855,3 +855,14 @@ def test_a_tokenizer_of_the_base_s_size_changes_nothing(tmp_path: Path, bert: Pa
     transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
     loaded = AutoPeftModel.from_pretrained(tmp_path)
     assert same_bits(loaded.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+def test_a_subclass_of_a_config_is_no_other_method(tmp_path: Path) -> None:
+    """Files of the method are still read as the method's own class, unless the subclass is asked."""
+
+    class Mine(LoraConfig):
+        pass
+
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
+    assert type(Mine.from_pretrained(tmp_path)) is Mine

@@ -25,7 +25,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_smallest_rows(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PACKS": ((2, 4),), "ROWS": 3, "NEW": 4, "PROMPT": 2, "VOCABULARY": 50}.items():
+    for name, value in {"PACKS": ((2, 4),), "ROWS": 3, "NEW": 4, "PROMPT": 2, "VOCABULARY": 50, "TURNS": 2}.items():
         monkeypatch.setattr(script, name, value)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     script.main(["--rounds", "1", "--steps", "4", "--output", str(tmp_path)], **sizes)
@@ -34,7 +34,14 @@ def test_the_smallest_rows(script: ModuleType, tmp_path: Path, monkeypatch: pyte
         assert set(found["mixed"][targets]["generate"]) == {"base", "ours", "hf"}
         assert set(found["packed"][targets]["2x4"]) == {"bound", "ours", "hf"}
         assert set(found["trained"][targets]["2x4"]) == {"ours", "hf"}
-        assert all(value > 0 for pair in found["trained"][targets]["2x4"].values() for value in pair)
+        assert all(value > 0 for one in found["trained"][targets]["2x4"].values() for value in one["seconds"])
+
+
+def test_ratios_are_of_one_round(script: ModuleType) -> None:
+    """The second round took ten times as long, for both."""
+    found = script.compared({"a": [(2, 4), (20, 40), (3, 6)], "b": [(1, 1), (10, 10), (1, 1)]})
+    assert found["a"]["over"]["b"] == [2, 4]
+    assert found["a"]["seconds"] == [3, 6]
 
 
 def test_the_page_says_what_was_measured(script: ModuleType) -> None:

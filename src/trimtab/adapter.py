@@ -399,12 +399,12 @@ class PeftConfig(BaseModel, ABC):
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """What `to_dict` gave, as the class its peft_type names. Raises: ConfigError."""
         peft_type, own = settings["peft_type"], {name: settings[name] for name in settings if name != "peft_type"}
-        methods = {config.peft_type: config for config in _concrete(cls)}
+        methods = {config.peft_type: config for config in _concrete(cls) or [cls]}
         if peft_type not in methods:
             raise ConfigError(f"It is of the method {peft_type!r}.{did_you_mean(peft_type, methods)}")
         return methods[peft_type](**own)
 
 
 def _concrete(config: type[PeftConfigT]) -> list[type[PeftConfigT]]:
-    own = [config] if hasattr(config, "peft_type") else []
+    own = [config] if "peft_type" in vars(config) else []  # a user's subclass has its method's
     return own + [found for child in config.__subclasses__() for found in _concrete(child)]
