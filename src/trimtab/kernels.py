@@ -122,8 +122,12 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, A: Tensor, B: Tensor, W: Tensor | None, y: Tensor | None, scale: float, p: float, seed: int
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))  # (N, i)
-        ctx.scale, ctx.p, ctx.seed = scale * enlarged(p), p, seed
-        h = _into(rows, A.to(rows.dtype), p, seed).mul_(ctx.scale)  # (N, r)
+        ctx.scale, ctx.p, ctx.seed, ctx.fused = scale * enlarged(p), p, seed, _fused(rows, A, p)
+        if ctx.fused:
+            h = ctx.fused.into(rows, A.to(rows.dtype), _kept(p), seed)
+        else:
+            h = (mask(rows, p, seed).mul_(rows) if p else rows) @ A.to(rows.dtype).T
+        h.mul_(ctx.scale)  # (N, r)
         grown = B.to(rows.dtype).T  # (r, o)
         if y is None:
             y = h.view(*x.shape[:-1], len(A)) @ grown
@@ -147,13 +151,19 @@ class _LowRank(torch.autograd.Function):
             grad_h = (g @ B.to(g.dtype)).mul_(ctx.scale)  # (N, r)
             rows = x.reshape(-1, x.shape[-1]).to(g.dtype) if needs_A else None
             own = None if W is None else g @ W
-            grad_A, grad_x = _back(grad_h, A.to(g.dtype), rows, own, needs_x, ctx.p, ctx.seed)
+            if ctx.fused:
+                grad_A = None if rows is None else ctx.fused.grad_a(grad_h, rows, _kept(ctx.p), ctx.seed)
+                grad_x = ctx.fused.grad_x(grad_h, A.to(g.dtype), own, _kept(ctx.p), ctx.seed) if needs_x else None
+            else:
+                kept = mask(g.new_empty(len(g), A.shape[1]), ctx.p, ctx.seed) if ctx.p else None
+                grad_A = None if rows is None else grad_h.T @ (rows if kept is None else rows * kept)
+                grad_x = _grad_x(grad_h, A.to(g.dtype), own, kept) if needs_x else None
             grad_x = grad_x if grad_x is None else grad_x.view(*grad.shape[:-1], A.shape[1])
         return grad_x, grad_A, grad_B, None, None, None, None, None
 
 
 def _fused(x: Tensor, A: Tensor, p: float) -> Any:
-    """Kernels for graphics cards (triton_kernels.py) that do what the two below do with dropout, where they can."""
+    """The kernels for graphics cards (triton_kernels.py), where there is dropout and they can do it."""
     if not p or x.device.type not in CARDS or not _has_triton():
         return None
     from . import triton_kernels
@@ -166,28 +176,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _into(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
-    """A drop(x) of x (N, i), not divided by 1 - p: (N, r)."""
-    if fused := _fused(x, A, p):
-        return cast(Tensor, fused.into(x, A, _kept(p), seed))
-    return (mask(x, p, seed).mul_(x) if p else x) @ A.T
-
-
-def _back(
-    grad_h: Tensor, A: Tensor, x: Tensor | None, own: Tensor | None, needs_x: bool, p: float, seed: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of A, where x is given, and of x, where that is needed: with what is x's `own` already added."""
-    if fused := _fused(grad_h, A, p):
-        grad_A = None if x is None else fused.grad_a(grad_h, x, _kept(p), seed)
-        return grad_A, fused.grad_x(grad_h, A, own, _kept(p), seed) if needs_x else None
-    kept = mask(grad_h.new_empty(len(grad_h), A.shape[1]), p, seed) if p else None
-    grad_A = None if x is None else grad_h.T @ (x if kept is None else x * kept)
-    if not needs_x:
-        return grad_A, None
-    if kept is not None:
-        low = kept.mul_(grad_h @ A)
-        return grad_A, low if own is None else own.add_(low)
-    return grad_A, grad_h @ A if own is None else own.addmm_(grad_h, A)
+def _grad_x(grad_h: Tensor, A: Tensor, own: Tensor | None, mask: Tensor | None) -> Tensor:
+    """(N, i): what came through A, added to what came through W, where that is ours to give."""
+    if mask is None:
+        return grad_h @ A if own is None else own.addmm_(grad_h, A)
+    low = mask.mul_(grad_h @ A)
+    return low if own is None else own.add_(low)
 
 
 class Stacks:
