@@ -372,7 +372,7 @@ def test_the_seed_decides_the_init() -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"r": 0}, {"r": -1}, {"r": 2.5}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"bias": "some"},
-     {"init_lora_weights": "pisa"}, {"lora_alpha": "high"}],
+     {"init_lora_weights": "pisa"}, {"lora_alpha": "high"}, {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}],
     ids=str,
 )  # fmt: skip
 def test_values_out_of_range(settings: dict[str, Any]) -> None:
