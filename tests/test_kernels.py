@@ -272,3 +272,11 @@ def test_few_rows_take_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> Non
     model = one(nn.Linear(5, 7))
     names = [type(model(torch.randn(rows, 5)).grad_fn).__name__ for rows in (4, 5)]
     assert names == ["AddBackward0", "_LowRankBackward"]
+
+
+def test_a_stack_of_one_has_the_bits_of_the_product() -> None:
+    """With a scale that bfloat16 does not know."""
+    x, A, B = torch.randn(2, 4, 5, dtype=torch.bfloat16), torch.randn(4, 5), torch.randn(7, 4)
+    stack = kernels.Stacks([(A, B)], [7 / 3], 4, 1, None, None, x)
+    assert torch.equal(kernels.products(x, [stack], 7, None), kernels.product(x, A, B, 7 / 3))
+    close(kernels.plain_products(x, [stack], 7, None).float(), kernels.product(x, A, B, 7 / 3).float())

@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import review, write_csv
+from pydantic import ValidationError
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from trimtab import recipe as recipes
@@ -259,8 +260,14 @@ def test_training_offers_what_trainingarguments_has(kind: type[TrainingArguments
     assert not set(recipes.SHORT) & set(defaults)
     for name in set(offered.model_fields) - set(recipes.OWN):
         value = getattr(defaults[name], "value", defaults[name])
-        if isinstance(value, bool | int | float | str) and not (name in recipes.LIMITS and value <= 0):
+        if isinstance(value, bool | int | float | str) and not ("gt" in recipes.LIMITS.get(name, {}) and value <= 0):
             offered.model_validate({name: value})
+
+
+def test_gradients_may_be_measured_and_not_cut() -> None:
+    recipes._training_model(False).model_validate({"max_grad_norm": float("inf")})
+    with pytest.raises(ValidationError):
+        recipes._training_model(False).model_validate({"max_grad_norm": float("nan")})
 
 
 def hub(folder: Path) -> Path:

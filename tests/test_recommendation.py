@@ -133,6 +133,13 @@ def test_columns_may_say_their_types(tmp_path: Path, bert: Path) -> None:
     assert task.names == {"user": named[0], "item": named[1], "rating": named[2]}
 
 
+def test_a_plain_name_goes_before_one_with_a_type(tmp_path: Path, bert: Path) -> None:
+    named = ("user", "item", "rating", "rating:float", "user:other")
+    path = write_csv(tmp_path / "a.csv", [("1", "7", 4, 5, "x"), ("2", "9", 2, 1, "y")], named)
+    task, _, _ = prepare("rating-prediction", bert, train=path, validation=path)
+    assert task.names == {"user": "user", "item": "item", "rating": "rating"}
+
+
 def test_a_plan_counts_users_and_items(tmp_path: Path, bert: Path) -> None:
     write_csv(tmp_path / "a.csv", RATINGS, ("user", "item", "rating"))
     settings = recipe(tmp_path, task="rating-prediction", model=str(bert),

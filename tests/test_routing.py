@@ -306,6 +306,15 @@ def test_a_change_inside_the_block_is_seen() -> None:
             if ".a." in name:
                 value.mul_(2)
         stepped = output(model, inputs)
+        model.set_requires_grad("b")
+        optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if ".b." in n], lr=0.1, fused=True)
+        for _ in range(2):  # such a step counts as no change of a parameter
+            with torch.enable_grad():
+                output(model, inputs).square().sum().backward()
+            optimizer.step()
+            fused = output(model, inputs)
+            with torch.no_grad():
+                close(fused, output(model, {**inputs, "adapter_names": names}))
         for module in model.modules():
             if type(module).__name__ == "LoraAdapter":
                 module.load_state_dict({key: 3 * value for key, value in module.state_dict().items()}, assign=True)
@@ -315,3 +324,11 @@ def test_a_change_inside_the_block_is_seen() -> None:
     far(assigned, stepped)
     with torch.no_grad():
         close(assigned, output(model, {**inputs, "adapter_names": names}))
+
+
+def test_an_outline_has_rows_too() -> None:
+    """On the meta device, which knows no autocast."""
+    tiny = models.llama()
+    model = with_adapters(tiny, loras(2, ["q_proj"])).to("meta")
+    inputs = {name: value.to("meta") for name, value in rows(tiny, 2).items()}
+    assert output(model, {**inputs, "adapter_names": ["n0", "n1"]}).is_meta

@@ -6,7 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from conftest import review, write_csv, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trimtab import LoraConfig, PeftModel, Trainer, files, get_peft_model, run
+from trimtab import LoraConfig, PeftModel, Trainer, files, get_peft_model, run, training
 from trimtab import recipe as recipes
 from trimtab.errors import CheckpointError, ConfigError, RecipeError, TargetError, TrainingError, TrimtabError
 from trimtab.trainer import RunTrainer, last_checkpoint
@@ -346,12 +349,36 @@ def test_an_adapter_that_changes_no_prediction_is_no_result(recipe: Path) -> Non
         train(changed(recipe, "training.epochs=1", "training.learning_rate=1e-20"), silent)
 
 
-def test_validation_scores_are_of_the_adapter_that_is_kept(recipe: Path) -> None:
+def test_an_adapter_may_act_in_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here in the last of 20 only: the first ones alone would say that it never acts."""
+    model = SimpleNamespace(adapter=1.0)
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        model.adapter = 0.0
+        yield
+        model.adapter = 1.0
+
+    model.disable_adapter = without
+    task: Any = SimpleNamespace(collate=lambda rows: torch.tensor(rows))
+    monkeypatch.setattr("trimtab.training.run.logits", lambda model, rows: rows * model.adapter)
+    training._check_acts(model, task, [0.0] * 19 + [1.0])
+    with pytest.raises(TrainingError, match="changes no prediction"):
+        training._check_acts(model, task, [0.0] * 20)
+
+
+EACH_STEP = ("eval_strategy=steps", "save_strategy=steps", "eval_steps=1", "metric_for_best_model=loss")
+
+
+@pytest.mark.parametrize(
+    "wanted", [["learning_rate=1"], ["learning_rate=0.05", "save_steps=2", *EACH_STEP]], ids=["an early one", "saved"]
+)
+def test_validation_scores_are_of_the_adapter_that_is_kept(recipe: Path, wanted: list[str]) -> None:
     """They were taken in training, when its checkpoint was written; those of the test rows are taken at the end.
 
-    The checkpoint is not the last one, at so high a rate.
+    Not the last checkpoint is the best one, at so high a rate; and the best step is one that is not saved.
     """
-    settings = changed(recipe, "training.epochs=4", "training.learning_rate=1")
+    settings = changed(recipe, "training.epochs=4", *(f"training.{one}" for one in wanted))
     update = {"data": settings.data.model_copy(update={"validation": settings.data.test})}
     metrics = train(settings.model_copy(update=update), silent).metrics
     assert metrics["validation"] == pytest.approx(metrics["test"], rel=1e-6)

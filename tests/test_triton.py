@@ -33,7 +33,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def mask(made: Any, N: int, i: int, p: float = P, seed: int = SEED) -> Tensor:
     """What the kernels keep: a gradient of ones, where it comes through."""
-    found: Tensor = made.grad_x(torch.ones(N, 1), torch.ones(1, i), None, kernels._kept(p), seed)
+    found: Tensor = made.mask(torch.empty(N, i), kernels._kept(p), seed)
     return found
 
 
@@ -91,8 +91,29 @@ def test_when_they_are_used(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels._fused(x, A, 0.0) is None, "there is nothing to draw"
     assert kernels._fused(x.double(), A.double(), P) is None
     assert kernels._fused(x, torch.randn(129, 5), P) is None, "too many sums"
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
-    assert kernels._fused(x, A, P) is None
     monkeypatch.undo()
     monkeypatch.setattr(kernels, "CARDS", ("xpu",))
     assert kernels._fused(x, A, P) is None
+
+
+def test_where_triton_cannot_compile_the_plain_form_has_to_do(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no compiler, or a card that does not know the dtype."""
+
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    kernels._compiles.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(made, "into", fails)
+        x, A = torch.randn(4, 5), torch.randn(3, 5)
+        assert kernels._fused(x, A, P) is None
+        kernels.product(x, A, torch.randn(2, 3), 1.0, P)
+    kernels._compiles.cache_clear()
+    assert kernels._fused(x, A, P) is made
+
+
+def test_the_mask_of_a_group_is_that_of_the_product(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that rows of one batch drop what they drop alone."""
+    monkeypatch.setattr(kernels, "seed", lambda _: SEED)
+    x, eye = torch.randn(3, 4, 5), torch.eye(5)
+    close(kernels.product(x, eye, eye, 1.0, P), x * kernels.drawn(x, eye, P, SEED) * kernels.enlarged(P))

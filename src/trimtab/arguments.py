@@ -62,7 +62,7 @@ def arguments_of(recipe: Recipe) -> transformers.TrainingArguments:
     for old, new in RENAMED.items():  # recipes may have either
         if old in settings and new in transformers.TrainingArguments.__dataclass_fields__:
             settings[new] = settings.pop(old)
-    for own in (*OWN, "label_smoothing_factor"):  # what this module and objective.py do themselves
+    for own in (*OWN, "label_smoothing_factor"):  # which are not the Trainer's
         settings.pop(own, None)
     try:
         arguments = transformers.Seq2SeqTrainingArguments(**settings)

@@ -9,7 +9,6 @@ others mostly keep as well, not one that is cast or dropped. The mask of its dro
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -50,7 +49,7 @@ def known(site: nn.Module, x: Tensor) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """In which products of x are computed: autocast's, where that is on."""
     device = x.device.type
-    cast_to = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    cast_to = not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast_to else x.dtype
 
 
@@ -164,7 +163,7 @@ class _LowRank(torch.autograd.Function):
 
 def _fused(x: Tensor, A: Tensor, p: float) -> Any:
     """The kernels for graphics cards (triton_kernels.py), where there is dropout and they can do it."""
-    if not p or x.device.type not in CARDS or not _has_triton():
+    if not p or x.device.type not in CARDS or not _compiles(x.device, x.dtype):
         return None
     from . import triton_kernels
 
@@ -172,8 +171,22 @@ def _fused(x: Tensor, A: Tensor, p: float) -> Any:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton is there, and the compiler it needs, and the card knows what it makes of this dtype: by trying."""
+    try:
+        from . import triton_kernels
+
+        ones = torch.ones(1, 1, device=device, dtype=dtype)
+        return not triton_kernels.fits(ones, ones) or triton_kernels.into(ones, ones, LANES, 0).item() == 1
+    except Exception:  # of whatever kind: the plain form does the same
+        return False
+
+
+def drawn(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
+    """The mask, as `mask` gives it, that `product` of x and A draws from this seed."""
+    if fused := _fused(x, A, p):
+        return cast(Tensor, fused.mask(x.view(-1, x.shape[-1]), _kept(p), seed)).view(x.shape)
+    return mask(x, p, seed)
 
 
 def _grad_x(grad_h: Tensor, A: Tensor, own: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -206,7 +219,9 @@ class Stacks:
         self.ranks = [A.shape[0] for A, _ in pairs]
         self.even = set(self.ranks) == {rank}
         self.slots, self.rows = (None if own is None else own.to(x.device) for own in (slots, rows))
-        self.scales = self._of_blocks(torch.tensor(scales, dtype=x.dtype, device=x.device).view(-1, 1, 1))
+        # At least float32: in bfloat16 a scale would be off by up to 0.4 %.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        self.scales = self._of_blocks(torch.tensor(scales, dtype=exact, device=x.device).view(-1, 1, 1))
         self._made: tuple[list[int], tuple[Tensor, Tensor]] | None = None
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -227,6 +242,10 @@ class Stacks:
             A, B = self._made[1]
             self._made = versions, (A, B.contiguous())
         return self._made[1]
+
+    def forget(self) -> None:
+        """What is kept. After gradients comes a step, and of a fused optimizer's the versions do not tell."""
+        self._made = None
 
     def _of_blocks(self, stack: Tensor) -> Tensor:
         return stack if self.slots is None else stack[self.slots]
@@ -277,7 +296,7 @@ def plain_products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask
     low = x.new_zeros(*x.shape[:-1], outputs)
     for own in stacks:
         A, B = own.stacked(x.dtype)
-        found = torch.bmm(torch.bmm(own.of(x), A.mT) * own.scales, B)
+        found = torch.bmm((torch.bmm(own.of(x), A.mT) * own.scales).to(x.dtype), B)
         if own.rows is None:
             low = low + found.view(low.shape)
         else:
@@ -289,6 +308,8 @@ def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stack
     if not torch.is_grad_enabled():  # a function of so many arguments takes longer to call than to compute
         _add_all(y, x, stacks, [own.kept(x.dtype) for own in stacks], mask)
         return y
+    for own in stacks:
+        own.forget()
     parts = [part for own in stacks for pair in own.pairs for part in pair]
     result: Tensor = _LowRanks.apply(x, W, y, stacks, mask, *parts)  # type: ignore[no-untyped-call]
     return result

@@ -96,6 +96,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "gradient_accumulation_steps": _SOME,
     "label_smoothing_factor": {"ge": 0, "le": 1},
     "learning_rate": _SOME,
+    "max_grad_norm": {"ge": 0, "allow_inf_nan": True},  # infinite: gradients are measured, and none is cut
     "num_train_epochs": _SOME,
     "per_device_eval_batch_size": _SOME,
     "per_device_train_batch_size": _SOME,

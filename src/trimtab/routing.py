@@ -55,9 +55,10 @@ class Routed(Swapped, nn.Module):
         """Inside the `with` block each row of a batch is under the adapter of its name, "__base__" meaning none.
 
         In training as in evaluation: gradients of a row go to its adapter, if `set_requires_grad` lets that learn.
-        Without gradients LoRA's weights are stacked once for the block, and again where PyTorch knows of a change: a
-        write to `parameter.data` is not seen. Layers that are checkpointed by `gradient_checkpointing_enable` remember
-        their rows; where torch.utils.checkpoint is called otherwise, keep the backward pass in the block.
+        Without gradients LoRA's weights are stacked once for the block, and again after a pass with gradients or where
+        PyTorch knows of a change: a write to `parameter.data` is not seen. Layers that are checkpointed by
+        `gradient_checkpointing_enable` remember their rows; where torch.utils.checkpoint is called otherwise, keep the
+        backward pass in the block.
 
         Raises:
             AdapterError: an unknown name, merged adapters, or (when the model is called) another number of rows, or a

@@ -170,11 +170,8 @@ def train(
             recipe.write(recipe.output / RECIPE)
         model.save_pretrained(recipe.output, is_main_process=main)
     config = model.peft_config["default"].to_dict()
-    sample = _sample(task, held_out["validation"])
-    expected, device = run.logits(model, sample), model.device
-    with model.disable_adapter():
-        if torch.equal(expected, run.logits(model, sample)):
-            raise TrainingError("The trained adapter changes no prediction. Does anything in these rows make it act?")
+    _check_acts(model, task, held_out["validation"])
+    expected, device = run.logits(model, next(_samples(task, held_out["validation"]))), model.device
     del model, trainer
     gc.collect()
     if not main:
@@ -356,7 +353,8 @@ def _known(trainer: Trainer) -> dict[str, dict[str, float]]:
     state = trainer.state
     if not trainer.args.load_best_model_at_end or state.best_model_checkpoint is None:
         return {}
-    lines = (line for line in state.log_history if line["step"] == state.best_global_step and "eval_loss" in line)
+    kept = _steps(Path(state.best_model_checkpoint))  # the best step may have been one without a checkpoint
+    lines = (line for line in state.log_history if line["step"] == kept and "eval_loss" in line)
     return {"validation": _scores(next(lines), "eval_")}
 
 
@@ -371,15 +369,25 @@ def _check_metric(arguments: transformers.TrainingArguments, scores: dict[str, f
         raise ConfigError(f"training.metric_for_best_model: there is no {wanted!r}.{did_you_mean(wanted, scores)}")
 
 
-def _sample(task: Task, rows: Any) -> dict[str, Any]:
-    return task.collate([rows[i] for i in range(min(SAMPLE, len(rows)))])
+def _samples(task: Task, rows: Any) -> Iterator[dict[str, Any]]:
+    for first in range(0, len(rows), SAMPLE):
+        yield task.collate([rows[i] for i in range(first, min(first + SAMPLE, len(rows)))])
+
+
+def _check_acts(model: Any, task: Task, rows: Any) -> None:
+    for sample in _samples(task, rows):  # the first one is enough, unless little makes the adapter act
+        found = run.logits(model, sample)
+        with model.disable_adapter():
+            if not torch.equal(found, run.logits(model, sample)):
+                return
+    raise TrainingError("The trained adapter changes no prediction. Does anything in these rows make it act?")
 
 
 def _check_saved(folder: Path, rows: Any, expected: Tensor, device: torch.device) -> None:
     loaded = run.load(folder)
     if loaded.recipe.quantization == "none":  # quantized models are where they are to be already
         loaded.model.to(device)
-    off = (run.logits(loaded.model, _sample(loaded.task, rows)) - expected).abs().max().item()
+    off = (run.logits(loaded.model, next(_samples(loaded.task, rows))) - expected).abs().max().item()
     if not off <= TOLERANCE:
         raise CheckpointError(f"The adapter saved in {folder} does not predict what was trained (off by {off:g}).")
 

@@ -108,6 +108,11 @@ def grad_x(grad_h: Tensor, A: Tensor, own: Tensor | None, kept: int, seed: int) 
     return own
 
 
+def mask(x: Tensor, kept: int, seed: int) -> Tensor:
+    """1 where an element of x (N, i) is kept, else 0."""
+    return grad_x(x.new_ones(len(x), 1), x.new_ones(1, x.shape[1]), None, kept, seed)
+
+
 def _blocks(size: int, block: int) -> Any:
     return triton.cdiv(size, block)
 

@@ -38,6 +38,7 @@ def train(
     from ..report import plan, summary
     from .together import read, together
 
+    gc.collect()
     gc.freeze()  # nor through all that again, each time that what was trained is let go
     console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
     say, bar = partial(console.print, markup=False), ProgressBar(console)

@@ -22,9 +22,7 @@ def after(site: nn.Module, members: Members, x: Tensor, y: Tensor, rows: Rows, o
     known = kernels.known(site, x)
     x = x.to(kernels.compute_dtype(x))
     W = kernels.base_weight(site, x, y) if own and known else None
-    dropped = {
-        group: _Dropped(site, group, one.dropout, x, rows) for one, group in members if one.training and one.dropout
-    }
+    dropped = {group: _Dropped(site, group, one, x, rows) for one, group in members if one.training and one.dropout}
     stacks = _stacks(site, members, dropped, x, rows)
     mask = partial(_mask, x, dropped, rows) if dropped else None
     if W is not None:
@@ -72,16 +70,19 @@ def _mask(x: Tensor, dropped: Mapping[Group, "_Dropped"], rows: Rows) -> Tensor:
 class _Dropped:
     """The dropout of one group, as the adapter alone has it for these rows: each mask is drawn once, or from a seed."""
 
-    def __init__(self, site: nn.Module, group: Group, p: float, x: Tensor, rows: Rows) -> None:
+    def __init__(self, site: nn.Module, group: Group, adapter: Any, x: Tensor, rows: Rows) -> None:
         length = x.shape[1] if group.length is None or x.dim() < 3 else group.length
         self.size = (len(group.rows), length, *x.shape[2:])[: x.dim()]
-        self.p, self.fixed, self.seed = p, None, 0
+        self.p, self.A, self.fixed, self.seed, self.enlarged = adapter.dropout, adapter.A, None, 0, 1.0
         with rows.turn(group):
             if kernels.fits(site, x.new_empty(self.size)):
-                self.seed = kernels.seed(p)
+                self.seed, self.enlarged = kernels.seed(self.p), kernels.enlarged(self.p)
             else:
-                self.fixed = F.dropout(x.new_ones(self.size), p)
-        self.enlarged = kernels.enlarged(p) if self.fixed is None else 1.0
+                self.fixed = F.dropout(x.new_ones(self.size), self.p)
+        if self.fixed is not None and x.dtype.itemsize < 4:  # 1 / (1 - p) would be another number there
+            self.fixed, self.enlarged = (self.fixed != 0).to(x.dtype), 1 / (1 - self.p)
 
     def mask(self, x: Tensor) -> Tensor:
-        return kernels.mask(x.new_empty(self.size), self.p, self.seed) if self.fixed is None else self.fixed
+        if self.fixed is not None:
+            return self.fixed
+        return kernels.drawn(x.new_empty(self.size), self.A, self.p, self.seed)

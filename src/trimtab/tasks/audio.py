@@ -85,6 +85,9 @@ class AudioTask(MediaTask):
 
 
 def _is_cut(packed: bytes) -> bool:
-    """Whether a WAV file ends before its end. (Who writes one to a pipe says that it is as long as can be.)"""
+    """Whether a WAV file ends before its end.
+
+    Some count the header's 8 bytes, too, and who writes to a pipe says that it is as long as can be.
+    """
     size = int.from_bytes(packed[4:8], "little")
-    return packed[:4] == b"RIFF" and len(packed) < size + 8 < 2**31
+    return packed[:4] == b"RIFF" and len(packed) < size < 0x7FFFF000

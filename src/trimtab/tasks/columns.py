@@ -8,6 +8,8 @@ from ..errors import DataError
 Say = Callable[[Any], object]  # tells the user one thing: a line, or one of rich's texts
 Cells = dict[str, list[Any]]  # values by the task's names of the columns
 
+TYPES = ("token", "token_seq", "float", "float_seq")  # with which tables of ratings name columns: "item_id:token"
+
 
 def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional: Iterable[str]) -> dict[str, str]:
     """data.columns, with the columns that it does not name, by their usual names; in the task's order.
@@ -19,8 +21,9 @@ def complete(found: Any, data: Any, usual: Mapping[str, Iterable[str]], optional
     for name, column in data.columns.items():
         if column not in found.column_names:
             raise DataError(f"{data.train} has no column {column!r} (data.columns.{name}). It has: {there}.")
-    free = (column for column in found.column_names if column not in data.columns.values())
-    lowered = {column.lower().partition(":")[0]: column for column in free}  # of tables of ratings "item_id:token"
+    free = [column for column in found.column_names if column not in data.columns.values()]
+    typed = {name.lower(): column for column in free for name, _, kind in [column.partition(":")] if kind in TYPES}
+    lowered = typed | {column.lower(): column for column in free}
     guessed: dict[str, str] = {}
     for name, words in usual.items():
         hit = next((lowered[word] for word in words if word in lowered), None)
