@@ -35,7 +35,6 @@ TARGETS = {"query and value": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 PACKS = ((4, 64), (16, 16))  # jobs x tokens of each in a step
 ROWS, PROMPT, NEW = 16, 8, 32  # of mixed batches: rows, each with its own adapter; tokens given; tokens generated
 VOCABULARY = 2048
-TURNS = 3  # of whole trainings
 Times = dict[str, dict[str, Any]]
 
 
@@ -208,7 +207,7 @@ class Clock(transformers.TrainerCallback):
         return self.ended[0] - self.began[0], self.ended[1] - self.began[1]
 
 
-def trained(targets: Any, jobs: int, tokens: int, steps: int, **settings: Any) -> Times:
+def trained(targets: Any, jobs: int, tokens: int, steps: int, turns: int, **settings: Any) -> Times:
     """Whole trainings of one row a step: `train_many`, and HF PEFT with transformers' Trainer one after another."""
     plain = {"max_steps": steps, "per_device_train_batch_size": 1, "learning_rate": 1e-4}
     words = torch.randint(3, VOCABULARY, (40, tokens - 2), generator=torch.Generator().manual_seed(0))
@@ -253,7 +252,7 @@ def trained(targets: Any, jobs: int, tokens: int, steps: int, **settings: Any) -
         llama(**settings).save_pretrained(Path(name) / "model")
         tokenizer(Path(name) / "model")
         taken: dict[str, list[tuple[float, float]]] = {"ours": [], "hf": []}
-        for _ in range(TURNS):
+        for _ in range(turns):
             for kind, whole in (("ours", ours), ("hf", theirs)):
                 taken[kind].append(whole(Path(name)))
     return compared(taken)
@@ -263,6 +262,7 @@ def main(arguments: list[str] | None = None, **settings: Any) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="how often each is timed")
     parser.add_argument("--steps", type=int, default=30, help="of whole trainings")
+    parser.add_argument("--turns", type=int, default=3, help="how often whole trainings are timed")
     parser.add_argument("--conditions", default="", help="what else is to be known of the machine, for the page")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     asked = parser.parse_args(arguments)
@@ -273,6 +273,7 @@ def main(arguments: list[str] | None = None, **settings: Any) -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}",
         "conditions": asked.conditions,
         "rounds": asked.rounds,
+        "turns": asked.turns,
         "mixed": {name: mixed(targets, asked.rounds, **settings) for name, targets in TARGETS.items()},
         "packed": {
             name: {
@@ -282,7 +283,8 @@ def main(arguments: list[str] | None = None, **settings: Any) -> None:
         },
         "trained": {
             name: {
-                f"{jobs}x{tokens}": trained(targets, jobs, tokens, asked.steps, **settings) for jobs, tokens in PACKS
+                f"{jobs}x{tokens}": trained(targets, jobs, tokens, asked.steps, asked.turns, **settings)
+                for jobs, tokens in PACKS
             }
             for name, targets in TARGETS.items()
         },
@@ -347,7 +349,7 @@ gradients of activations, on the same batch, without an optimizer. HF PEFT takes
 ## Whole trainings
 
 `trimtab.many.train_many`, and HF PEFT with transformers' Trainer, one training after another: seconds from the second
-step to the last, with all that the Trainers do in between; medians of {TURNS} turns.
+step to the last, with all that the Trainers do in between; medians of {found["turns"]}.
 
 | LoRA at | jobs x tokens | ours, s | HF PEFT, s | HF PEFT / ours |
 | --- | --- | ---: | ---: | ---: |

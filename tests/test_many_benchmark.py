@@ -25,10 +25,10 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_smallest_rows(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PACKS": ((2, 4),), "ROWS": 3, "NEW": 4, "PROMPT": 2, "VOCABULARY": 50, "TURNS": 2}.items():
+    for name, value in {"PACKS": ((2, 4),), "ROWS": 3, "NEW": 4, "PROMPT": 2, "VOCABULARY": 50}.items():
         monkeypatch.setattr(script, name, value)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    script.main(["--rounds", "1", "--steps", "4", "--output", str(tmp_path)], **sizes)
+    script.main(["--rounds", "1", "--steps", "4", "--turns", "2", "--output", str(tmp_path)], **sizes)
     found = json.loads((tmp_path / "many.json").read_text(encoding="utf-8"))
     for targets in script.TARGETS:
         assert set(found["mixed"][targets]["generate"]) == {"base", "ours", "hf"}
