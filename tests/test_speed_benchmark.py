@@ -35,7 +35,10 @@ def test_the_smallest_row(script: ModuleType, tmp_path: Path, monkeypatch: pytes
     assert [row["method"] for row in run["rows"]] == [method, "ia3"]
     row = run["rows"][0]
     assert set(row["sides"]) == set(script.SIDES)
-    assert all(value > 0 for found in row["sides"].values() for value in found.values())
+    for side, found in row["sides"].items():
+        assert all(value > 0 for name, value in found.items() if name != "over")
+        assert set(found["over"]) == set(script.SIDES)
+        assert found["over"][side] == 1
     assert row["sides"]["full"]["peak_bytes"] > row["sides"]["bound"]["peak_bytes"]
     assert set(row["verbs"]["ours"]) == set(row["verbs"]["hf"]) == set(script.VERBS)
     assert (tmp_path / "speed.md").read_text(encoding="utf-8") == script.page(run)

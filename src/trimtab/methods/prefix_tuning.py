@@ -79,14 +79,14 @@ class PrefixAgain(InputAdapter):
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         crosses = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
         prefix, cache, hidden = self.prefix[0], given.get("past_key_values"), given["hidden_states"]
-        if crosses:
+        dropped = cache is None and prefix.checkpointed
+        if crosses or not (dropped or (cache is not None and prefix.gates is not None)):
             return given
         gate = hidden.new_ones(1) if prefix.gates is None else prefix.gates[self.layer](hidden).unsqueeze(1)
-        if cache is None and prefix.checkpointed:
+        if dropped:
             keys, values = prefix.states(self.layer, len(hidden), hidden.dtype)
             return {**given, "past_key_values": caches.FixedCache((keys * gate, values * gate))}
-        if cache is not None and prefix.gates is not None:
-            caches.scale(cache, self.layer, prefix.tokens, gate)
+        caches.scale(cache, self.layer, prefix.tokens, gate)
         return given
 
 
