@@ -68,12 +68,6 @@ def base_weight(site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
     return W if original.forward is nn.Linear.forward else W.T
 
 
-def added(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y + s B h of y (..., o), h (..., r), B (o, r) in one dtype, in one call: calls count where elements are few."""
-    rows = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
-    return torch.addmm(*rows, B.T, alpha=scale).view(y.shape)
-
-
 def product(x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
     """s B A drop(x) of x (..., i), A (r, i), B (o, r), in `compute_dtype`: (..., o). Gradients have each one's own.
 

@@ -105,9 +105,10 @@ class LoraAdapter(Adapter):
         if (W := self._base_weight(site, x, y)) is not None:
             y = kernels.adapted(y, x, W, self.A, self.B, self.scale, p)
         else:
-            y = self._added(site, x, y, self.A, self.B, self.scale, p)
+            low = self._product(site, x, y.dtype, self.A, self.B, p)
             if self.start is not None:
-                y = self._added(site, x, y, self.start.A, self.start.B, -self.scale)
+                low = low - self._product(site, x, y.dtype, self.start.A, self.start.B)
+            y = y + low
         if self.magnitude is not None:
             y = self.magnitude.rescale(site, y, *self._change(), self.scale)
         y = y if self.bias is None else self.bias.add(site, y)
@@ -120,20 +121,16 @@ class LoraAdapter(Adapter):
             return None
         return kernels.base_weight(site, x, y)
 
-    def _added(
-        self, site: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0
-    ) -> Tensor:
-        """y + s B A drop(x)."""
+    def _product(self, site: nn.Module, x: Tensor, dtype: torch.dtype, A: Tensor, B: Tensor, p: float = 0.0) -> Tensor:
+        """s B A drop(x), in the dtype."""
         if kernels.fits(site, x):
-            return y + kernels.product(x, A, B, scale, p).to(y.dtype)
+            return kernels.product(x, A, B, self.scale, p).to(dtype)
         if p and not self.embeds:
             x = F.dropout(x, p)
         # The base's precision: float32 products on a bfloat16 base would keep a float32 copy of every input.
-        own = y.dtype if self.embeds else x.dtype
-        h = weights.linear(site, x, A.to(own))
-        if y.dtype == h.dtype == own and kernels.known(site, y):
-            return kernels.added(y, h, B.to(own), scale)
-        return y + weights.mix(site, h * scale, B.to(own).flatten(1)).to(y.dtype)
+        own = dtype if self.embeds else x.dtype
+        h = weights.linear(site, x, A.to(own)) * self.scale
+        return weights.mix(site, h, B.to(own).flatten(1)).to(dtype)
 
     def joins(self, site: nn.Module) -> bool:
         others = (self.magnitude, self.start, self.invocation, self.bias)
