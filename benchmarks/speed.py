@@ -224,6 +224,14 @@ def check(models: dict[str, Any], given: dict[str, Tensor], dropout: bool) -> fl
 
 
 def times(models: dict[str, Any], given: dict[str, Tensor], steps: int) -> dict[str, dict[str, Any]]:
+    """What `turns` finds. Full fine-tuning has rounds of its own: whoever came next would find the caches empty."""
+    found = turns({side: model for side, model in models.items() if side != "full"}, given, steps)
+    if "full" in models:
+        found["full"] = turns({side: models[side] for side in ("bound", "full")}, given, steps)["full"]
+    return found
+
+
+def turns(models: dict[str, Any], given: dict[str, Tensor], steps: int) -> dict[str, dict[str, Any]]:
     """Seconds of a step, by the wall clock and by the processor's time of this process: median and least.
 
     `over` is the median of what a step takes in those of each other kind of the same round: from one round to the next
@@ -236,7 +244,7 @@ def times(models: dict[str, Any], given: dict[str, Tensor], steps: int) -> dict[
     for i in itertools.count():
         if i >= steps + 2 and time.perf_counter() - begun > SECONDS:
             break
-        for side, model in models.items():
+        for side, model in list(models.items())[:: -1 if i % 2 else 1]:  # nobody always comes after the same one
             wall, cpu = time.perf_counter(), time.process_time()
             step(side, model, given)
             if i >= 2:  # the first ones make what is kept
@@ -419,8 +427,9 @@ Except for the column of seconds all numbers are ratios, and where nothing else 
 forward pass and its gradients of activations alone, with the same loss. No step in which a low layer learns can be
 cheaper.
 
-- A step is forward and backward, without the optimizer. The kinds take turns, at least {run["steps"]} times each, where
-  they are quick until {SECONDS} s are over; a ratio is the median of the rounds', in the process's own processor time.
+- A step is forward and backward, without the optimizer. The kinds take turns, there and back, at least {run["steps"]}
+  times each, where they are quick until {SECONDS} s are over; a ratio is the median of the rounds', in the process's own
+  processor time. Full fine-tuning takes turns with the bound alone: whoever came next would find the caches empty.
   Least and median seconds, also by the wall clock, are in speed.json.
 - saved: bytes that the forward pass leaves for the backward pass, beside the parameters; each tensor counted once.
 - peak: the most bytes that a step holds at a time beyond the model, gradients included.

@@ -35,10 +35,13 @@ def seeded(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (3, 3, 5)], ids=str)
 @pytest.mark.parametrize("form", ["product", "adapted", "adapted, transposed"])
-def test_gradients_by_finite_differences(form: str, shape: tuple[int, ...], p: float) -> None:
-    """In float64, on a layer that is not square, whose weight may be stored transposed."""
+def test_gradients_by_finite_differences(
+    form: str, shape: tuple[int, ...], p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, on a layer that is not square, whose weight may be stored transposed; masks in up to three pieces."""
+    monkeypatch.setattr(kernels, "PIECE", 1)
     W = torch.randn(5, 7, dtype=torch.float64).T if "transposed" in form else torch.randn(7, 5, dtype=torch.float64)
 
     def adapted(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -49,6 +52,18 @@ def test_gradients_by_finite_differences(form: str, shape: tuple[int, ...], p: f
 
     inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (shape, (3, 5), (7, 3))]
     assert torch.autograd.gradcheck(seeded(product if form == "product" else adapted), inputs)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (8, 3), (2, 7, 6)], ids=str)
+def test_a_mask_is_the_same_in_pieces(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(shape)
+    whole = kernels.mask(x, 0.4, 11)
+    monkeypatch.setattr(kernels, "PIECE", 1)
+    assert torch.equal(kernels.mask(x, 0.4, 11), whole)
+    A, B = torch.eye(shape[-1]), torch.eye(shape[-1])
+    kept, seed = 1 / kernels.enlarged(0.4), kernels.seed
+    monkeypatch.setattr(kernels, "seed", lambda p: 11 if p else seed(p))
+    close(kernels.product(x, A, B, kept, 0.4), x * whole)
 
 
 LAYERS: dict[str, Callable[[], Tiny]] = {

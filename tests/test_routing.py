@@ -319,11 +319,18 @@ def test_a_change_inside_the_block_is_seen() -> None:
             if type(module).__name__ == "LoraAdapter":
                 module.load_state_dict({key: 3 * value for key, value in module.state_dict().items()}, assign=True)
         assigned = output(model, inputs)
+        with torch.no_grad():
+            close(assigned, output(model, {**inputs, "adapter_names": names}))
+        for module in model.modules():
+            if type(module).__name__ == "LoraAdapter":
+                module.scale *= 2
+        scaled = output(model, inputs)
+        with torch.no_grad():
+            close(scaled, output(model, {**inputs, "adapter_names": names}))
     far(stepped[:1], before[:1])
     close(stepped[1:], before[1:])
     far(assigned, stepped)
-    with torch.no_grad():
-        close(assigned, output(model, {**inputs, "adapter_names": names}))
+    far(scaled, assigned)
 
 
 def test_an_outline_has_rows_too() -> None:

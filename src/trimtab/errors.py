@@ -71,7 +71,7 @@ def closest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
     def likeness(name: str) -> float:
         return max(difflib.SequenceMatcher(None, word.lower(), part).ratio() for part in lowered[name])
 
-    return [name for name in sorted(names, key=likeness, reverse=True) if likeness(name) >= 0.5][:n]
+    return [name for name in sorted(names, key=likeness, reverse=True) if likeness(name) >= 0.6][:n]
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

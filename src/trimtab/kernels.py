@@ -9,9 +9,11 @@ others mostly keep as well, not one that is cast or dropped. The mask of its dro
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +23,8 @@ from .sites import lineage
 
 FEW = 2**15  # elements of an input, below which calling a function from Python costs more than it saves
 CARDS = ("cuda",)  # kinds of devices with kernels of their own (triton_kernels.py)
+VERSION = attrgetter("_version")  # of a tensor: goes up when it is written to
+PIECE = 2**16  # elements of a mask that are drawn and used at a time on a CPU
 LANES = 2**16  # dropout draws 16 bits for an element, a quarter of the time of PyTorch's floats on a CPU
 
 
@@ -109,10 +113,32 @@ def mask(x: Tensor, p: float, seed: int) -> Tensor:
     """1 where an element of x is kept, else 0; in x's dtype, not divided by 1 - p."""
     if not p:
         return torch.ones_like(x)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-    lanes = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.lt(lanes, _kept(p) - LANES // 2, out=torch.empty_like(lanes, dtype=x.dtype))
+    whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat = whole.view(-1, x.shape[-1])
+    for own, kept in _masks(*flat.shape, x, p, seed):
+        flat[own] = kept
+    return whole
+
+
+def _masks(N: int, i: int, like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """The mask (N, i) piece by piece: which rows, and theirs, until the next one. On a CPU it stays in the cache."""
+    size = max(1, PIECE // i // 4) * 4 if like.device.type == "cpu" else N  # a word has four lanes
+    draw, room = _drawing(like.device, seed), like.new_empty(size, i)
+    for start in range(0, N, size):
+        rows = min(size, N - start)
+        lanes = draw(-(-rows * i // 4)).view(torch.int16)[: rows * i].view(rows, i)
+        yield slice(start, start + rows), torch.lt(lanes, _kept(p) - LANES // 2, out=room[:rows])
+
+
+def _drawing(device: torch.device, seed: int) -> Callable[[int], Tensor]:
+    """What draws as many int64 as it is asked for."""
+    if device.type == "cpu":  # in half the time that PyTorch's generator takes
+        bits = np.random.SFC64(seed)
+        return lambda number: torch.from_numpy(bits.random_raw(number).view(np.int64))
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda number: torch.empty(number, dtype=torch.int64, device=device).random_(
+        -(2**63), None, generator=generator
+    )
 
 
 class _LowRank(torch.autograd.Function):
@@ -125,7 +151,7 @@ class _LowRank(torch.autograd.Function):
         if ctx.fused:
             h = ctx.fused.into(rows, A.to(rows.dtype), _kept(p), seed)
         else:
-            h = (mask(rows, p, seed).mul_(rows) if p else rows) @ A.to(rows.dtype).T
+            h = _into(rows, A.to(rows.dtype), p, seed)
         h.mul_(ctx.scale)  # (N, r)
         grown = B.to(rows.dtype).T  # (r, o)
         if y is None:
@@ -149,16 +175,43 @@ class _LowRank(torch.autograd.Function):
         if needs_x or needs_A:
             grad_h = (g @ B.to(g.dtype)).mul_(ctx.scale)  # (N, r)
             rows = x.reshape(-1, x.shape[-1]).to(g.dtype) if needs_A else None
-            own = None if W is None else g @ W
             if ctx.fused:
                 grad_A = None if rows is None else ctx.fused.grad_a(grad_h, rows, _kept(ctx.p), ctx.seed)
+                own = g @ W if W is not None else None
                 grad_x = ctx.fused.grad_x(grad_h, A.to(g.dtype), own, _kept(ctx.p), ctx.seed) if needs_x else None
             else:
-                kept = mask(g.new_empty(len(g), A.shape[1]), ctx.p, ctx.seed) if ctx.p else None
-                grad_A = None if rows is None else grad_h.T @ (rows if kept is None else rows * kept)
-                grad_x = _grad_x(grad_h, A.to(g.dtype), own, kept) if needs_x else None
+                grad_A, grad_x = _out_of(grad_h, rows, A.to(g.dtype) if needs_x else None, ctx.p, ctx.seed)
+                if grad_x is not None and W is not None:
+                    grad_x.addmm_(g, W)  # a product adds for nothing
             grad_x = grad_x if grad_x is None else grad_x.view(*grad.shape[:-1], A.shape[1])
         return grad_x, grad_A, grad_B, None, None, None, None, None
+
+
+def _into(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
+    """A times what dropout leaves of x (N, i), not enlarged: (N, r)."""
+    if not p:
+        return x @ A.T
+    h = x.new_empty(len(x), len(A))
+    for own, kept in _masks(*x.shape, x, p, seed):
+        torch.mm(kept.mul_(x[own]), A.T, out=h[own])
+    return h
+
+
+def _out_of(
+    grad_h: Tensor, x: Tensor | None, A: Tensor | None, p: float, seed: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the h (N, r) of `_into` the gradients of A, where x is given, and of x, where A is."""
+    if not p:
+        return None if x is None else grad_h.T @ x, None if A is None else grad_h @ A
+    i = x.shape[1] if x is not None else A.shape[1]  # type: ignore[union-attr]
+    grad_A = None if x is None else grad_h.new_zeros(grad_h.shape[1], i)
+    grad_x = None if A is None else grad_h.new_empty(len(grad_h), i)
+    for own, kept in _masks(len(grad_h), i, grad_h, p, seed):
+        if grad_x is not None:
+            torch.mm(grad_h[own], A, out=grad_x[own]).mul_(kept)
+        if grad_A is not None:
+            grad_A.addmm_(grad_h[own].T, kept.mul_(x[own]))
+    return grad_A, grad_x
 
 
 def _fused(x: Tensor, A: Tensor, p: float) -> Any:
@@ -189,14 +242,6 @@ def drawn(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
     return mask(x, p, seed)
 
 
-def _grad_x(grad_h: Tensor, A: Tensor, own: Tensor | None, mask: Tensor | None) -> Tensor:
-    """(N, i): what came through A, added to what came through W, where that is ours to give."""
-    if mask is None:
-        return grad_h @ A if own is None else own.addmm_(grad_h, A)
-    low = mask.mul_(grad_h @ A)
-    return low if own is None else own.add_(low)
-
-
 class Stacks:
     """Pairs of several adapters for one batch, each of which has some blocks of its rows: n blocks in all.
 
@@ -212,9 +257,10 @@ class Stacks:
         slots: Tensor | None,
         rows: Tensor | None,
         x: Tensor,
+        fixed: bool = False,
     ) -> None:
         """slots: (n,) the pair of each block; None where that is the order of the pairs. rows: those of the batch that
-        the blocks are, None for all. x: a batch such as there will be."""
+        the blocks are, None for all. x: a batch such as there will be. fixed: whether pairs are never written to."""
         self.pairs, self.rank, self.blocks = pairs, rank, blocks
         self.ranks = [A.shape[0] for A, _ in pairs]
         self.even = set(self.ranks) == {rank}
@@ -222,7 +268,8 @@ class Stacks:
         # At least float32: in bfloat16 a scale would be off by up to 0.4 %.
         exact = torch.promote_types(x.dtype, torch.float32)
         self.scales = self._of_blocks(torch.tensor(scales, dtype=exact, device=x.device).view(-1, 1, 1))
-        self._made: tuple[list[int], tuple[Tensor, Tensor]] | None = None
+        self._watched = [] if fixed else [part for pair in pairs for part in pair if not part.is_inference()]
+        self._made: tuple[int, tuple[Tensor, Tensor]] | None = None
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (n, rank, i) and B^T (n, rank, o) of the blocks."""
@@ -234,13 +281,14 @@ class Stacks:
         return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype)).mT
 
     def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As `stacked`, made once, until somebody changes a pair."""
-        versions = [0 if part.is_inference() else part._version for pair in self.pairs for part in pair]
-        if self._made is None or self._made[0] != versions:
-            self._made = versions, self.stacked(dtype)
+        """A^T (n, i, rank) and s B^T (n, rank, o), made once, until somebody changes a pair."""
+        version = sum(map(VERSION, self._watched))  # none ever goes down
+        if self._made is None or self._made[0] != version:
+            A, B = self.stacked(dtype)
+            self._made = version, (A.mT, (B * self.scales).to(dtype))
         elif not self._made[1][1].is_contiguous():  # as products of few rows read it fastest: it is used again
             A, B = self._made[1]
-            self._made = versions, (A, B.contiguous())
+            self._made = version, (A, B.contiguous())
         return self._made[1]
 
     def forget(self) -> None:
@@ -306,7 +354,10 @@ def plain_products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask
 
 def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> Tensor:
     if not torch.is_grad_enabled():  # a function of so many arguments takes longer to call than to compute
-        _add_all(y, x, stacks, [own.kept(x.dtype) for own in stacks], mask)
+        dropped = x if mask is None else mask().mul_(x)
+        for own in stacks:
+            A, B = own.kept(x.dtype)
+            own.add(y, torch.bmm(own.of(dropped), A), B)
         return y
     for own in stacks:
         own.forget()
@@ -362,10 +413,10 @@ class _LowRanks(torch.autograd.Function):
                 grads += own.grads(torch.bmm(grad_h.mT, own.of(dropped)), torch.bmm(h.mT, g))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.zeros_like(x) if W is None else grad @ W
-            low = grad_x if mask is None else torch.zeros_like(grad_x)
+            grad_x = torch.zeros_like(x)
             for own, A, grad_h in zip(ctx.stacks, As, grad_hs, strict=True):
-                own.add(low, grad_h, A)
-            if mask is not None:
-                grad_x.add_(low.mul_(mask))
+                own.add(grad_x, grad_h, A)
+            grad_x = grad_x if mask is None else grad_x.mul_(mask)
+            if W is not None:
+                grad_x.view(-1, x.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), W)
         return grad_x, None, None, None, None, *grads

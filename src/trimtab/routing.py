@@ -33,14 +33,14 @@ class Routed(Swapped, nn.Module):
 
         @functools.wraps(own)
         def generate(model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-            chosen = contextlib.nullcontext() if adapter_names is None else _routed(trunk(model), adapter_names, True)
+            chosen = contextlib.nullcontext() if adapter_names is None else _routed(trunk(model), adapter_names, generating=True, fixed=True)
             with chosen:
                 return own(model, *args, **kwargs)
 
         return {"generate": generate}
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if adapter_names is None else self.route(adapter_names):
+        with contextlib.nullcontext() if adapter_names is None else _routed(trunk(self), adapter_names, fixed=True):
             active = trunk(self).active
             if active.rows is None:
                 return super().forward(*args, **kwargs)
@@ -78,13 +78,13 @@ class Routed(Swapped, nn.Module):
 
 
 @contextlib.contextmanager
-def _routed(own: Trunk, names: Sequence[str], generating: bool = False) -> Iterator[None]:
+def _routed(own: Trunk, names: Sequence[str], **kind: bool) -> Iterator[None]:
     check_unmerged(own)
     if isinstance(names, str) or not names:
         raise AdapterError(f"adapter_names={names!r}: give a list of names, one for each row of the batch.")
     check_known(own, [name for name in names if name != BASE])
     before = own.active.rows
-    own.active.rows = Rows(names, generating=generating)
+    own.active.rows = Rows(names, **kind)
     try:
         yield
     finally:

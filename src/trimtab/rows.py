@@ -31,7 +31,7 @@ class Call(Protocol):
     def __call__(self, x: Any, group: "Group | None" = None, module: nn.Module | None = None) -> Any: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """The rows that have one adapter."""
 
@@ -73,17 +73,24 @@ class Rows:
     """The adapter of each row of a batch, by name. One object serves any number of batches of such rows."""
 
     def __init__(
-        self, names: Sequence[str], lengths: Mapping[str, int] | None = None, generating: bool = False
+        self,
+        names: Sequence[str],
+        lengths: Mapping[str, int] | None = None,
+        generating: bool = False,
+        fixed: bool = False,
     ) -> None:
         """lengths: of the rows of each name, in a batch that is padded at its end to the longest.
 
         generating: whether a batch may have each of the rows several times.
+        fixed: whether adapters stay as they are as long as these rows act: nobody needs to look for changes.
         """
-        self.names, self.generating = tuple(names), generating
+        self.names, self.generating, self.fixed = tuple(names), generating, fixed
         self.length = max(lengths.values()) if lengths else None
         known = lengths or {}
-        where = {name: tuple(row for row, own in enumerate(names) if own == name) for name in dict.fromkeys(names)}
-        self.groups = {name: Group(name, rows, known.get(name)) for name, rows in where.items()}
+        where: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            where.setdefault(name, []).append(row)
+        self.groups = {name: Group(name, tuple(rows), known.get(name)) for name, rows in where.items()}
         self.tokens: set[int] = set()  # how long the rows of the batch at hand are, as far as that is known
         self.turning = False  # whether something is done for one group alone, just now
         self.kept: dict[Any, Any] = {}  # what methods want to find again in the next call
@@ -94,7 +101,7 @@ class Rows:
     def repeated(self, times: int) -> "Rows":
         """Each row so many times in turn, as `generate` has them for beams."""
         if times not in self._repeated:
-            self._repeated[times] = Rows([name for name in self.names for _ in range(times)])
+            self._repeated[times] = Rows([name for name in self.names for _ in range(times)], fixed=self.fixed)
         return self._repeated[times]
 
     def turn(self, group: Group) -> contextlib.AbstractContextManager[None]:
@@ -239,6 +246,8 @@ class Rows:
 
     def check(self, site: nn.Module, value: Any) -> None:
         """Raise an AdapterError where the rows are not what comes first."""
+        if isinstance(value, Tensor) and value.shape[:1] == (len(self.names),):
+            return
         parts = [value] if isinstance(value, Tensor) else _parts(value)
         found = next((part for part in parts if isinstance(part, Tensor)), None)
         if found is None or found.dim() == 0 or len(found) != len(self.names):

@@ -170,8 +170,7 @@ def train(
             recipe.write(recipe.output / RECIPE)
         model.save_pretrained(recipe.output, is_main_process=main)
     config = model.peft_config["default"].to_dict()
-    _check_acts(model, task, held_out["validation"])
-    expected, device = run.logits(model, next(_samples(task, held_out["validation"]))), model.device
+    expected, device = _acting(model, task, held_out["validation"]), model.device
     del model, trainer
     gc.collect()
     if not main:
@@ -374,12 +373,15 @@ def _samples(task: Task, rows: Any) -> Iterator[dict[str, Any]]:
         yield task.collate([rows[i] for i in range(first, min(first + SAMPLE, len(rows)))])
 
 
-def _check_acts(model: Any, task: Task, rows: Any) -> None:
+def _acting(model: Any, task: Task, rows: Any) -> Tensor:
+    """The logits of the first sample, once there is one of which the adapter changes something."""
+    first: Tensor | None = None
     for sample in _samples(task, rows):  # the first one is enough, unless little makes the adapter act
         found = run.logits(model, sample)
+        first = found if first is None else first
         with model.disable_adapter():
             if not torch.equal(found, run.logits(model, sample)):
-                return
+                return first
     raise TrainingError("The trained adapter changes no prediction. Does anything in these rows make it act?")
 
 

@@ -133,8 +133,8 @@ class LoraAdapter(Adapter):
         return weights.mix(site, h, B.to(own).flatten(1)).to(dtype)
 
     def joins(self, site: nn.Module) -> bool:
-        others = (self.magnitude, self.start, self.invocation, self.bias)
-        return type(self) is LoraAdapter and self.is_linear and all(other is None for other in others)
+        plain = self.magnitude is None and self.start is None and self.invocation is None and self.bias is None
+        return plain and self.is_linear and type(self) is LoraAdapter
 
     @classmethod
     def after_groups(

@@ -3,8 +3,10 @@
 Ranks are filled up with zeros to the next power of two; those of one such rank make one batched product.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from .. import kernels
 from ..rows import Group, Rows
 
 Members = Sequence[tuple[Any, Group]]  # LoRA adapters of one site, and the rows of each
+SETTINGS, PAIR = itemgetter("training", "dropout", "scale"), itemgetter("A", "B")
 
 
 def after(site: nn.Module, members: Members, x: Tensor, y: Tensor, rows: Rows, own: bool) -> Tensor:
@@ -22,8 +25,9 @@ def after(site: nn.Module, members: Members, x: Tensor, y: Tensor, rows: Rows, o
     known = kernels.known(site, x)
     x = x.to(kernels.compute_dtype(x))
     W = kernels.base_weight(site, x, y) if own and known else None
-    dropped = {group: _Dropped(site, group, one, x, rows) for one, group in members if one.training and one.dropout}
-    stacks = _stacks(site, members, dropped, x, rows)
+    layout = _layout(site, members, rows)
+    dropped = {group: _Dropped(site, group, one, x, rows) for one, group in layout.dropping}
+    stacks = layout.stacks(dropped, x, rows)
     mask = partial(_mask, x, dropped, rows) if dropped else None
     if W is not None:
         return kernels.all_adapted(y, x, W, stacks, mask)
@@ -31,21 +35,40 @@ def after(site: nn.Module, members: Members, x: Tensor, y: Tensor, rows: Rows, o
     return y + products(x, stacks, y.shape[-1], mask).to(y.dtype)
 
 
+def _layout(site: nn.Module, members: Members, rows: Rows) -> "_Layout":
+    """That of the last call, where nothing but values has changed since."""
+    layout: _Layout | None = rows.kept.get(id(site))
+    if layout is None or not (rows.fixed or layout.holds()):
+        rows.kept[id(site)] = layout = _Layout(members)
+    return layout
+
+
+class _Layout:
+    """What members are, as it was read once. Whether it still is so is asked in every call: of dicts, at C's speed."""
+
+    def __init__(self, members: Members) -> None:
+        self.members = members
+        self.held, self.trained = [vars(one) for one, _ in members], [one._parameters for one, _ in members]
+        self.settings, self.pairs = [*map(SETTINGS, self.held)], [*map(PAIR, self.trained)]
+        self.parts = [*itertools.chain.from_iterable(self.pairs)]
+        self.dropping = [one for one, (training, p, _) in zip(members, self.settings, strict=True) if training and p]
+        self.made: dict[Any, list[kernels.Stacks]] = {}
+
+    def holds(self) -> bool:
+        now = itertools.chain.from_iterable(map(PAIR, self.trained))
+        return all(map(is_, now, self.parts)) and [*map(SETTINGS, self.held)] == self.settings
+
+    def stacks(self, dropped: Mapping[Group, "_Dropped"], x: Tensor, rows: Rows) -> list[kernels.Stacks]:
+        enlarged = tuple(dropped[group].enlarged for _, group in self.dropping)
+        key = x.dtype, x.device, enlarged
+        if key not in self.made:
+            more = {group: one.enlarged for group, one in dropped.items()}
+            scales = [one.scale * more.get(group, 1.0) for one, group in self.members]
+            self.made[key] = _stacks(self.members, self.pairs, scales, x, rows)
+        return self.made[key]
+
+
 def _stacks(
-    site: nn.Module, members: Members, dropped: Mapping[Group, "_Dropped"], x: Tensor, rows: Rows
-) -> list[kernels.Stacks]:
-    """Those of the last call, where nothing but values has changed since."""
-    pairs = [(one.A, one.B) for one, _ in members]
-    scales = [one.scale * (dropped[group].enlarged if group in dropped else 1.0) for one, group in members]
-    key = (id(site), x.dtype, x.device)
-    now = [scales, [(id(A), id(B)) for A, B in pairs]]
-    if rows.kept.get(key, (None,))[0] != now:
-        rows.kept[key] = now, _new_stacks(members, pairs, scales, x, rows)
-    stacks: list[kernels.Stacks] = rows.kept[key][1]
-    return stacks
-
-
-def _new_stacks(
     members: Members, pairs: list[tuple[Tensor, Tensor]], scales: list[float], x: Tensor, rows: Rows
 ) -> list[kernels.Stacks]:
     ranks: dict[int, list[int]] = {}
@@ -55,7 +78,7 @@ def _new_stacks(
     for rank, own in ranks.items():
         units = rows.units(tuple(members[number][1].name for number in own))
         mine = [pairs[number] for number in own], [scales[number] for number in own]
-        found.append(kernels.Stacks(*mine, rank, units.count, units.slots, units.rows, x))
+        found.append(kernels.Stacks(*mine, rank, units.count, units.slots, units.rows, x, rows.fixed))
     return found
 
 
