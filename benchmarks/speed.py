@@ -428,8 +428,8 @@ forward pass and its gradients of activations alone, with the same loss. No step
 cheaper.
 
 - A step is forward and backward, without the optimizer. The kinds take turns, there and back, at least {run["steps"]}
-  times each, where they are quick until {SECONDS} s are over; a ratio is the median of the rounds', in the process's own
-  processor time. Full fine-tuning takes turns with the bound alone: whoever came next would find the caches empty.
+  times each, where they are quick until {SECONDS} s are over; a ratio is the median of the rounds', in the process's
+  own processor time. Full fine-tuning takes turns with the bound alone: whoever came next would find empty caches.
   Least and median seconds, also by the wall clock, are in speed.json.
 - saved: bytes that the forward pass leaves for the backward pass, beside the parameters; each tensor counted once.
 - peak: the most bytes that a step holds at a time beyond the model, gradients included.

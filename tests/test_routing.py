@@ -21,6 +21,8 @@ from trimtab import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    UnionConfig,
+    UniPeltConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -123,6 +125,16 @@ MIXED: list[tuple[Callable[[], Tiny], dict[str, PeftConfig]]] = [
         },
     ),
     (
+        models.gpt2,
+        {
+            "unipelt-2": UniPeltConfig(num_virtual_tokens=2, r=2, reduction_factor=4),
+            "unipelt-5": UniPeltConfig(num_virtual_tokens=5, r=3, reduction_factor=2),
+            "prefix": PrefixTuningConfig(num_virtual_tokens=3),
+            "lora": LoraConfig(r=3, target_modules=["c_attn"]),
+            "gated": UnionConfig(gated=True, methods=[LoraConfig(r=2, target_modules=["c_attn"])]),
+        },
+    ),
+    (
         models.bert,
         {
             "lora": LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS"),
@@ -166,7 +178,7 @@ def test_an_encoder_decoder() -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize(("tiny", "configs"), MIXED[:3], ids=[tiny.__name__ for tiny, _ in MIXED[:3]])
+@pytest.mark.parametrize(("tiny", "configs"), MIXED[:4], ids=[tiny.__name__ for tiny, _ in MIXED[:4]])
 def test_generation_token_for_token(tiny: Callable[[], Tiny], configs: dict[str, PeftConfig], beams: int) -> None:
     model = with_adapters(tiny(), configs)
     names = [*configs, BASE, next(iter(configs))]
@@ -278,6 +290,18 @@ def test_positions_that_nobody_can_give_are_an_error() -> None:
     assert_rows_as_alone(made, ["p2", "p2"], inputs)
     with pytest.raises(AdapterError, match="equally many"):
         made(**inputs, adapter_names=["p2", "p3"])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_gates_and_fill_are_not_mixed_up(tokens: int) -> None:
+    """A prompt's virtual tokens would be in the means of others' rows, unless all have as many."""
+    tiny, gated = models.gpt2(), UnionConfig(gated=True, methods=[LoraConfig(r=2, target_modules=["c_attn"])])
+    configs = {"gated": gated, "unipelt": UniPeltConfig(num_virtual_tokens=2, r=2, reduction_factor=4)}
+    model = with_adapters(tiny, {**configs, "prompt": PromptTuningConfig(num_virtual_tokens=tokens)})
+    for name in configs:
+        with pytest.raises(AdapterError, match="mean over the tokens of a row"):
+            model(**rows(tiny, 2), adapter_names=[name, "prompt"])
+    assert_rows_as_alone(model, ["gated", "unipelt", BASE], rows(tiny, 3))  # also after that
 
 
 def test_autocast_is_that_of_each_row_alone() -> None:

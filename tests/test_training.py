@@ -362,9 +362,9 @@ def test_an_adapter_may_act_in_few_rows(monkeypatch: pytest.MonkeyPatch) -> None
     model.disable_adapter = without
     task: Any = SimpleNamespace(collate=lambda rows: torch.tensor(rows))
     monkeypatch.setattr("trimtab.training.run.logits", lambda model, rows: rows * model.adapter)
-    training._check_acts(model, task, [0.0] * 19 + [1.0])
+    assert not training._acting(model, task, [0.0] * 19 + [1.0]).any()
     with pytest.raises(TrainingError, match="changes no prediction"):
-        training._check_acts(model, task, [0.0] * 20)
+        training._acting(model, task, [0.0] * 20)
 
 
 EACH_STEP = ("eval_strategy=steps", "save_strategy=steps", "eval_steps=1", "metric_for_best_model=loss")

@@ -55,6 +55,7 @@ class Adapter(nn.Module):
 
     replacement: nn.Module | None
     on_input: ClassVar[bool] = False  # whether it is an `InputAdapter`
+    takes_means = False  # whether it takes means over the tokens of a row
     dropout: float = 0.0  # probability; 0 where the method has none
     rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
     adjusted: ClassVar[frozenset[str]] = frozenset()  # settings of another one that `state_of` makes up for

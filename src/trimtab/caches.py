@@ -33,14 +33,22 @@ def filled(model: nn.Module, cache: Any, states: Iterable[Pair]) -> Any:
     own = getattr(cache, "self_attention_cache", cache)  # an encoder-decoder has one for cross-attention beside it
     for layer, (keys, values) in enumerate(states):
         own.update(keys, values, layer)
+        own.virtual = keys.shape[2]
     return cache
 
 
 def scale(cache: Any, layer: int, length: int, by: Tensor) -> None:
-    """Multiply the keys and values of a layer, while there are just so many: those of a prefix, and nothing behind."""
-    own = getattr(cache, "self_attention_cache", cache).layers[layer]
-    if own.get_seq_length() == length:
-        own.keys, own.values = own.keys * by, own.values * by
+    """Multiply the last so many keys and values of a layer, while it has no others than virtual tokens'.
+
+    Of a cache as one group of a batch sees it (row_inputs.py), those of the group's rows.
+    """
+    real, rows = getattr(cache, "real", cache), getattr(cache, "rows", slice(None))
+    whole = getattr(real, "self_attention_cache", real)
+    own = whole.layers[layer]
+    if own.get_seq_length() == whole.virtual:
+        factors = by.new_ones(len(own.keys), 1, whole.virtual, 1)
+        factors[rows, :, whole.virtual - length :] = by
+        own.keys, own.values = own.keys * factors, own.values * factors
 
 
 def _new(config: Any) -> Any:

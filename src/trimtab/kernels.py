@@ -62,7 +62,7 @@ def base_weight(site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
 
     Only the two forwards that are known are trusted. One of a quantized or user's own layer may keep y.
     """
-    original = lineage(type(site))[1]
+    original = _original(cast(Any, type(site)))
     if original.forward is not nn.Linear.forward and original.__module__ != "transformers.pytorch_utils":
         return None
     W, b = cast(Tensor, site.weight), cast(Tensor | None, site.bias)
@@ -70,6 +70,12 @@ def base_weight(site: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
     if not plain or not x.dtype == y.dtype == W.dtype or type(y) is not Tensor or not y.is_contiguous():
         return None
     return W if original.forward is nn.Linear.forward else W.T
+
+
+@functools.cache
+def _original(cls: Any) -> Any:
+    """The class of a layer before it was a site."""
+    return lineage(cls)[1]
 
 
 def product(x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
@@ -115,7 +121,7 @@ def mask(x: Tensor, p: float, seed: int) -> Tensor:
         return torch.ones_like(x)
     whole = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = whole.view(-1, x.shape[-1])
-    for own, kept in _masks(*flat.shape, x, p, seed):
+    for own, kept in _masks(flat.shape[0], flat.shape[1], x, p, seed):
         flat[own] = kept
     return whole
 
@@ -192,7 +198,7 @@ def _into(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
     if not p:
         return x @ A.T
     h = x.new_empty(len(x), len(A))
-    for own, kept in _masks(*x.shape, x, p, seed):
+    for own, kept in _masks(x.shape[0], x.shape[1], x, p, seed):
         torch.mm(kept.mul_(x[own]), A.T, out=h[own])
     return h
 
@@ -207,9 +213,9 @@ def _out_of(
     grad_A = None if x is None else grad_h.new_zeros(grad_h.shape[1], i)
     grad_x = None if A is None else grad_h.new_empty(len(grad_h), i)
     for own, kept in _masks(len(grad_h), i, grad_h, p, seed):
-        if grad_x is not None:
+        if A is not None and grad_x is not None:
             torch.mm(grad_h[own], A, out=grad_x[own]).mul_(kept)
-        if grad_A is not None:
+        if x is not None and grad_A is not None:
             grad_A.addmm_(grad_h[own].T, kept.mul_(x[own]))
     return grad_A, grad_x
 

@@ -31,6 +31,7 @@ from .rows import Group, Rows
 from .sites import Active, Swapped
 from .targets import is_linear
 
+KEPT = 8  # kinds of batches: by the jobs that are in them, and their numbers of rows and tokens
 MIXING = ("expert_capacity", "output_router_logits")  # settings by which one row changes what another one gives
 
 
@@ -191,6 +192,7 @@ class Lockstep:
         self.plain: Any = None  # the base without adapters, to be copied for jobs
         self.base: Any = None  # with the adapters of all jobs, by their names
         self.fresh: list[str] = []
+        self.rows: dict[Hashable, JobRows] = {}  # of batches so far, while the same adapters are there
         self.draws = False  # whether the base draws random numbers in training
 
     def run(self, runs: Iterable[Callable[[Job], Any]], at_once: int | None = None) -> list[Job]:
@@ -252,6 +254,7 @@ class Lockstep:
         """
         if job.alone:
             return
+        self.rows.clear()
         own, modules = trunk(model), dict(self.base.named_modules())
         parts = {name: part for name, part in model.named_children() if next(part.parameters(), None) is not None}
         for path, adapter in own.adapters("default").items():
@@ -266,6 +269,7 @@ class Lockstep:
             self.base.activation_checkpointing_enable(checkpointing)
 
     def leave(self, job: Job) -> None:
+        self.rows.clear()
         for site in list(sites.sites(self.base)) if self.base is not None else ():
             if job.name in sites.adapters(site):
                 sites.remove(site, job.name)
@@ -307,14 +311,22 @@ class Lockstep:
         with torch.autocast(device.type, autocast, autocast is not None):
             if asked[0].flat:
                 return calls.flat(part, asked)
-            lengths = [call.length for call in asked]
-            differ = dict(zip((job.name for job in jobs), lengths, strict=True)) if len(set(lengths)) > 1 else None
-            rows = JobRows(jobs, [call.size for call in asked], differ)
-            rows.tokens = {max(lengths)}
-            arguments = calls.together(asked)
+            rows, arguments = self._rows(jobs, asked), calls.together(asked)
             with acting(self.active, rows, part), rows.drawn():
                 result = part(**arguments)
         return calls.apart(result, asked)
+
+    def _rows(self, jobs: list[Job], asked: list[Call]) -> JobRows:
+        """Those of the last such batch, with what sites made of them."""
+        key = tuple((job.name, call.size, call.length) for job, call in zip(jobs, asked, strict=True))
+        if key not in self.rows:
+            if len(self.rows) == KEPT:
+                self.rows.clear()
+            lengths = {name: length for name, _, length in key}
+            differ = lengths if len(set(lengths.values())) > 1 else None
+            self.rows[key] = JobRows(jobs, [size for _, size, _ in key], differ)
+            self.rows[key].tokens = {max(lengths.values())}
+        return self.rows[key]
 
 
 def _sharing(model: nn.Module) -> Any:

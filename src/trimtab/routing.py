@@ -33,8 +33,8 @@ class Routed(Swapped, nn.Module):
 
         @functools.wraps(own)
         def generate(model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-            chosen = contextlib.nullcontext() if adapter_names is None else _routed(trunk(model), adapter_names, generating=True, fixed=True)
-            with chosen:
+            kind = {"generating": True, "fixed": True}
+            with contextlib.nullcontext() if adapter_names is None else _routed(trunk(model), adapter_names, **kind):
                 return own(model, *args, **kwargs)
 
         return {"generate": generate}
@@ -46,7 +46,7 @@ class Routed(Swapped, nn.Module):
                 return super().forward(*args, **kwargs)
             values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
             rows = active.rows.repeated(_times(active.rows, values))
-            rows.tokens = {value.shape[1] for value in values}
+            rows.tokens, rows.filled = {value.shape[1] for value in values}, False
             with acting(active, rows, self):
                 return super().forward(*args, **kwargs)
 
@@ -78,7 +78,7 @@ class Routed(Swapped, nn.Module):
 
 
 @contextlib.contextmanager
-def _routed(own: Trunk, names: Sequence[str], **kind: bool) -> Iterator[None]:
+def _routed(own: Trunk, names: Sequence[str], **kind: Any) -> Iterator[None]:
     check_unmerged(own)
     if isinstance(names, str) or not names:
         raise AdapterError(f"adapter_names={names!r}: give a list of names, one for each row of the batch.")

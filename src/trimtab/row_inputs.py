@@ -27,17 +27,13 @@ FILLS = {"labels": -100}  # in front; other arguments have 0 there, which in a m
 class SeenCache:
     """The key-value cache of a batch as one group sees it: its own rows, without what fills them up."""
 
-    def __init__(self, real: Any, lead: int) -> None:
-        self.real, self.lead = real, lead
+    def __init__(self, group: Group, real: Any = None, lead: int = 0) -> None:
+        self.rows, self.real, self.lead = list(group.rows), real, lead
         self.states: list[tuple[Tensor, Tensor]] = []  # what the group's adapter puts in front, by layer
 
     @property
     def is_compileable(self) -> bool:
         return bool(getattr(self.real, "is_compileable", False))
-
-    @property
-    def layers(self) -> Any:
-        raise AdapterError("A prefix behind gates changes the cache of a whole batch: use one adapter for all rows.")
 
     def get_seq_length(self, *ignored: Any) -> int:
         whole: int = self.real.get_seq_length() if self.real is not None else 0
@@ -59,9 +55,11 @@ def around(rows: Rows, site: Any, held: Mapping[str, Any], given: dict[str, Any]
     if not any(stacks):
         return call(**given)
     batch = _Batch(rows, site, groups, stacks, given)
+    rows.filled = rows.filled or any(batch.differs(batch.front, batch.behind, axis=axis) for axis in batch.axes)
     calls: list[list[tuple[Any, dict[str, Any]]]] = []
     parts: list[dict[str, Any]] = []
     for number, (group, stack) in enumerate(zip(groups, stacks, strict=True)):
+        rows.check_means(stack)
         own, made = batch.given_to(number), []
         with rows.turn(group), site._active.only(group):
             for adapter in reversed(stack):
@@ -103,7 +101,7 @@ class _Batch:
         self.filler = next((adapter for adapter in adapters if adapter.fills_cache), None)
         self.fed = any(getattr(adapter, "feeds_decoder", False) for adapter in adapters)
         self.cache = given.get("past_key_values")
-        self.views = [SeenCache(None, 0) for _ in groups] if self.filler and self.cache is None else None
+        self.views = [SeenCache(group) for group in groups] if self.filler and self.cache is None else None
 
     def lead(self, number: int, axis: str) -> int:
         """How many positions fill up a group's rows in the cache."""
@@ -116,7 +114,7 @@ class _Batch:
         """What is of a group's rows; caches as it sees them."""
         if hasattr(value, "get_seq_length"):
             kept = vars(value).setdefault("of_rows", {})
-            view = SeenCache(value, self.lead(number, self.axes[-1]))
+            view = SeenCache(self.groups[number], value, self.lead(number, self.axes[-1]))
             return kept.setdefault(self.groups[number].name, view)
         if isinstance(value, Mapping):
             found = {name: self.seen(number, part) for name, part in value.items()}

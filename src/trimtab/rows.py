@@ -92,6 +92,7 @@ class Rows:
             where.setdefault(name, []).append(row)
         self.groups = {name: Group(name, tuple(rows), known.get(name)) for name, rows in where.items()}
         self.tokens: set[int] = set()  # how long the rows of the batch at hand are, as far as that is known
+        self.filled = False  # whether rows of the batch at hand have a fill, for others' virtual tokens
         self.turning = False  # whether something is done for one group alone, just now
         self.kept: dict[Any, Any] = {}  # what methods want to find again in the next call
         self._plans: dict[int, Plan] = {}
@@ -155,7 +156,17 @@ class Rows:
         left = tuple(row for row in range(len(self.names)) if row not in taken)
         return Plan(list(together.values()), apart, Group(BASE, left, self.length) if left else None)
 
+    def check_means(self, stack: Sequence[Any]) -> None:
+        """Raise an AdapterError where an adapter would take a mean over more than a row's own tokens."""
+        if self.filled and any(adapter.takes_means for adapter in stack):
+            raise AdapterError(
+                "A gate takes the mean over the tokens of a row, and other rows' virtual tokens fill this one up. In "
+                "one batch with gated adapters use prefix tuning, or prompts of one length."
+            )
+
     def _apart(self, site: nn.Module, plan: Plan, call: Call, x: Any) -> Any:
+        for stack, _ in plan.apart:
+            self.check_means(stack)
         own = self.parted(plan.groups, x)
         inputs = [[part] for part in own]  # what each adapter of a group's stack gets, from the last to the first
         for (stack, group), found in zip(plan.apart, inputs, strict=False):

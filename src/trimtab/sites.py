@@ -62,7 +62,6 @@ class Swapped:
         return _rebuild, (*lineage(arguments[0]), *arguments[1:]), *state
 
 
-@functools.cache
 def lineage(cls: type) -> tuple[tuple[type[Swapped], ...], type[nn.Module]]:
     """The mixins swapped into a class, innermost first, and the class it was before."""
     mixins: tuple[type[Swapped], ...] = ()

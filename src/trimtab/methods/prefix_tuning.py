@@ -76,6 +76,10 @@ class PrefixAgain(InputAdapter):
         super().__init__()
         self.prefix, self.layer = (prefix,), layer  # in a tuple, or its weights would be here too
 
+    @property
+    def takes_means(self) -> bool:  # type: ignore[override]
+        return self.prefix[0].gates is not None
+
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         crosses = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
         prefix, cache, hidden = self.prefix[0], given.get("past_key_values"), given["hidden_states"]

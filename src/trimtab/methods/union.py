@@ -42,6 +42,7 @@ class Gate(nn.Module):
 
 class Gated(Adapter):
     not_merged: ClassVar[str] = "its gate depends on the input"
+    takes_means = True
 
     def __init__(self, name: str, site: nn.Module, adapter: Adapter) -> None:
         super().__init__()
