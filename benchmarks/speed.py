@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -267,40 +266,25 @@ def turns(models: dict[str, Any], given: dict[str, Tensor], steps: int) -> dict[
     }
 
 
-class Kept:
-    """A tensor that the graph keeps for the backward pass."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 def saved_bytes(side: str, model: Any, given: dict[str, Tensor]) -> int:
-    """Bytes that the forward pass leaves for the backward pass, beside parameters and buffers; each storage once."""
-    there = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
-    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> Kept:
-        kept = Kept(tensor)
-        alive.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+    """Bytes that the forward pass leaves for the backward pass."""
+    with torch.autograd.profiler.profile(profile_memory=True) as seen:
         value = loss(side, model, given)
-    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in alive}
     del value
-    return sum(size for place, size in storages.items() if place not in there)
+    return sum(changes(seen))
 
 
 def peak_bytes(side: str, model: Any, given: dict[str, Tensor]) -> int:
     """The most bytes that a step holds at a time beyond what there was before, gradients included."""
     with torch.autograd.profiler.profile(profile_memory=True) as seen:
         step(side, model, given)
+    return max(itertools.accumulate(changes(seen)))
+
+
+def changes(seen: Any) -> list[int]:
+    """Bytes that were taken, and those given back as negative ones, one after another."""
     events = [event for event in seen.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def least(act: Callable[[], Any]) -> float:
@@ -431,7 +415,7 @@ cheaper.
   times each, where they are quick until {SECONDS} s are over; a ratio is the median of the rounds', in the process's
   own processor time. Full fine-tuning takes turns with the bound alone: whoever came next would find empty caches.
   Least and median seconds, also by the wall clock, are in speed.json.
-- saved: bytes that the forward pass leaves for the backward pass, beside the parameters; each tensor counted once.
+- saved: bytes that are there after the forward pass, for the backward pass, and were not before.
 - peak: the most bytes that a step holds at a time beyond the model, gradients included.
 - HF PEFT has the same weights. Its loss equals ours to 1e-4, and no gradient is zero as a whole: that is asserted
   before anything is timed. It has no bottleneck adapters and no BitFit. A quantized model cannot be trained in full.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import weights
+from . import rebuilt, weights
 from .sites import lineage
 
 FEW = 2**15  # elements of an input, below which calling a function from Python costs more than it saves
@@ -166,13 +166,14 @@ class _LowRank(torch.autograd.Function):
             ctx.mark_dirty(y)
             y.view(-1, len(B)).addmm_(h, grown)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(x if needs_A else None, h if needs_B else None, A, B, W if needs_x else None)
+        kept, ctx.recipe = rebuilt.parts(x) if needs_A else ([], None)
+        ctx.save_for_backward(h if needs_B else None, A, B, W if needs_x else None, *kept)
         return y
 
     @staticmethod  # PyTorch casts what this gives to the dtype of each input
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, B, W = ctx.saved_tensors
+        h, A, B, W, *kept = ctx.saved_tensors
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         g = grad.reshape(-1, grad.shape[-1])  # (N, o)
         grad_x = grad_A = grad_B = None
@@ -180,7 +181,7 @@ class _LowRank(torch.autograd.Function):
             grad_B = (h.T @ g).T  # (g.T @ h is the same, in three times the time)
         if needs_x or needs_A:
             grad_h = (g @ B.to(g.dtype)).mul_(ctx.scale)  # (N, r)
-            rows = x.reshape(-1, x.shape[-1]).to(g.dtype) if needs_A else None
+            rows = rebuilt.made(ctx.recipe, kept).reshape(-1, A.shape[1]).to(g.dtype) if needs_A else None
             if ctx.fused:
                 grad_A = None if rows is None else ctx.fused.grad_a(grad_h, rows, _kept(ctx.p), ctx.seed)
                 own = g @ W if W is not None else None
@@ -400,29 +401,34 @@ class _LowRanks(torch.autograd.Function):
         hs = _add_all(y, x, stacks, made, mask)
         ctx.mark_dirty(y)
         ctx.stacks, ctx.mask = stacks, mask
-        ctx.save_for_backward(x, W, *(part for own in zip(hs, *zip(*made, strict=True), strict=True) for part in own))
+        ctx.size = x.shape
+        kept, ctx.recipe = rebuilt.parts(x) if any(ctx.needs_input_grad[5:]) else ([], None)
+        ctx.kept = len(kept)
+        ctx.save_for_backward(W, *kept, *hs, *(A for A, _ in made), *(B for _, B in made))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, *others = ctx.saved_tensors
-        hs, As, Bs = others[::3], others[1::3], others[2::3]
+        W, *others = ctx.saved_tensors
+        kept, others, n = others[: ctx.kept], others[ctx.kept :], len(ctx.stacks)
+        hs, As, Bs = others[:n], others[n : 2 * n], others[2 * n :]
         mask = None if ctx.mask is None else ctx.mask()
         gs = [own.of(grad) for own in ctx.stacks]  # (n, N / n, o) each
         grad_hs = [torch.bmm(g, B.mT).mul_(own.scales) for g, B, own in zip(gs, Bs, ctx.stacks, strict=True)]
         grads: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 5)
         if any(ctx.needs_input_grad[5:]):
             grads = []
+            x = rebuilt.made(ctx.recipe, kept)
             dropped = x if mask is None else mask * x
             for own, g, h, grad_h in zip(ctx.stacks, gs, hs, grad_hs, strict=True):
                 grads += own.grads(torch.bmm(grad_h.mT, own.of(dropped)), torch.bmm(h.mT, g))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.zeros_like(x)
+            grad_x = grad.new_zeros(ctx.size)
             for own, A, grad_h in zip(ctx.stacks, As, grad_hs, strict=True):
                 own.add(grad_x, grad_h, A)
             grad_x = grad_x if mask is None else grad_x.mul_(mask)
             if W is not None:
-                grad_x.view(-1, x.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), W)
+                grad_x.view(-1, ctx.size[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), W)
         return grad_x, None, None, None, None, *grads

@@ -28,7 +28,8 @@ def after(site: nn.Module, members: Members, x: Tensor, y: Tensor, rows: Rows, o
     layout = _layout(site, members, rows)
     dropped = {group: _Dropped(site, group, one, x, rows) for one, group in layout.dropping}
     stacks = layout.stacks(dropped, x, rows)
-    mask = partial(_mask, x, dropped, rows) if dropped else None
+    blank = x.new_empty(1).expand(x.shape)  # or the mask would keep x
+    mask = partial(_mask, blank, dropped, rows) if dropped else None
     if W is not None:
         return kernels.all_adapted(y, x, W, stacks, mask)
     products = kernels.products if known else kernels.plain_products
