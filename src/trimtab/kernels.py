@@ -166,7 +166,7 @@ class _LowRank(torch.autograd.Function):
             ctx.mark_dirty(y)
             y.view(-1, len(B)).addmm_(h, grown)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
-        kept, ctx.recipe = rebuilt.parts(x) if needs_A else ([], None)
+        kept, ctx.input = rebuilt.parts(x) if needs_A else ([], None)
         ctx.save_for_backward(h if needs_B else None, A, B, W if needs_x else None, *kept)
         return y
 
@@ -181,7 +181,7 @@ class _LowRank(torch.autograd.Function):
             grad_B = (h.T @ g).T  # (g.T @ h is the same, in three times the time)
         if needs_x or needs_A:
             grad_h = (g @ B.to(g.dtype)).mul_(ctx.scale)  # (N, r)
-            rows = rebuilt.made(ctx.recipe, kept).reshape(-1, A.shape[1]).to(g.dtype) if needs_A else None
+            rows = ctx.input(kept).reshape(-1, A.shape[1]).to(g.dtype) if needs_A else None
             if ctx.fused:
                 grad_A = None if rows is None else ctx.fused.grad_a(grad_h, rows, _kept(ctx.p), ctx.seed)
                 own = g @ W if W is not None else None
@@ -402,7 +402,7 @@ class _LowRanks(torch.autograd.Function):
         ctx.mark_dirty(y)
         ctx.stacks, ctx.mask = stacks, mask
         ctx.size = x.shape
-        kept, ctx.recipe = rebuilt.parts(x) if any(ctx.needs_input_grad[5:]) else ([], None)
+        kept, ctx.input = rebuilt.parts(x) if any(ctx.needs_input_grad[5:]) else ([], None)
         ctx.kept = len(kept)
         ctx.save_for_backward(W, *kept, *hs, *(A for A, _ in made), *(B for _, B in made))
         return y
@@ -419,7 +419,7 @@ class _LowRanks(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 5)
         if any(ctx.needs_input_grad[5:]):
             grads = []
-            x = rebuilt.made(ctx.recipe, kept)
+            x = ctx.input(kept)
             dropped = x if mask is None else mask * x
             for own, g, h, grad_h in zip(ctx.stacks, gs, hs, grad_hs, strict=True):
                 grads += own.grads(torch.bmm(grad_h.mT, own.of(dropped)), torch.bmm(h.mT, g))
