@@ -222,7 +222,7 @@ def test_a_gated_prefix_is_scaled_by_what_the_layer_reads() -> None:
     for layer, hidden in seen.items():
         gate = prefix.gates[layer]
         g = torch.sigmoid(hidden @ gate.weight.T + gate.bias).mean(1)[:, :, None, None]
-        keys, values = prefix.states(layer, len(hidden), hidden.dtype)
+        keys, values = prefix.states(len(hidden), hidden.dtype)[layer]
         close(cache.layers[layer].keys[:, :, :3], keys * g)
         close(cache.layers[layer].values[:, :, :3], values * g)
     model.train()

@@ -30,15 +30,13 @@ class Prefix(VirtualTokens):
         """sizes: tokens, layers, heads of keys and values. step: HF PEFT's num_transformer_submodules."""
         super().__init__(embedding, sizes[0], encoder)
         self.layers, self.heads, self.step = *sizes[1:], step
-        self.checkpointed = False  # whether the last call was
         self.gates: nn.ModuleList | None = None  # of each layer: how far the prefix is let in
 
     def hf_key(self, name: str) -> str:
         return name if name.startswith("gates.") else super().hf_key(name)
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-        self.checkpointed = site.training and any(vars(part).get("gradient_checkpointing") for part in site.modules())
-        if self.checkpointed and not self.enters_attention:
+        if not self.enters_attention and site.training and _checkpoints(site):
             raise AdapterError(
                 f"A prefix goes through the key-value cache, which {type(site).__name__} drops in checkpointed layers. "
                 "Train without gradient checkpointing, or with PromptTuningConfig."
@@ -47,7 +45,7 @@ class Prefix(VirtualTokens):
         if not cached(given):
             names = [f"{where}{name}" for where in (self.axis, "") for name in ("input_ids", "inputs_embeds")]
             rows = next(len(given[name]) for name in (*names, "labels") if given.get(name) is not None)
-            states = [self.states(layer, rows, weights.compute_dtype(site)) for layer in range(self.layers)]
+            states = self.states(rows, weights.compute_dtype(site))
             new["past_key_values"] = caches.filled(site, given.get("past_key_values"), states)
         return named(site, new)
 
@@ -60,13 +58,17 @@ class Prefix(VirtualTokens):
     def fill(self, site: nn.Module, cache: Any, states: list[caches.Pair]) -> Any:
         return caches.filled(site, cache, states)
 
-    def states(self, layer: int, rows: int, dtype: torch.dtype) -> caches.Pair:
-        """Keys and values in one layer, the same for each row."""
-        pairs = self().view(self.tokens, self.layers, 2, self.heads, -1)
+    def states(self, rows: int, dtype: torch.dtype) -> list[caches.Pair]:
+        """Keys and values in each layer, the same for each row."""
+        pairs = self().view(self.tokens, self.layers, 2, self.heads, -1).permute(1, 2, 3, 0, 4).to(dtype)
+        keys, values = pairs.unsqueeze(2).expand(-1, -1, rows, -1, -1, -1).unbind(1)  # (layers, B, heads, P, width)
+        found = list(zip(keys.unbind(), values.unbind(), strict=True))
         # With a step of 2 (encoder-decoders) HF PEFT skips every other pair; so must who reads its adapters.
-        pair = pairs[:, self.step * layer % self.layers].permute(1, 2, 0, 3)  # (2, heads, P, width of a head)
-        keys, values = pair.to(dtype).unsqueeze(1).expand(-1, rows, -1, -1, -1)
-        return keys, values
+        return [found[self.step * layer % self.layers] for layer in range(self.layers)]
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(vars(part).get("gradient_checkpointing") for part in model.modules())
 
 
 class PrefixAgain(InputAdapter):
@@ -83,12 +85,11 @@ class PrefixAgain(InputAdapter):
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         crosses = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
         prefix, cache, hidden = self.prefix[0], given.get("past_key_values"), given["hidden_states"]
-        dropped = cache is None and prefix.checkpointed
-        if crosses or not (dropped or (cache is not None and prefix.gates is not None)):
+        if crosses or (cache is not None and prefix.gates is None):
             return given
         gate = hidden.new_ones(1) if prefix.gates is None else prefix.gates[self.layer](hidden).unsqueeze(1)
-        if dropped:
-            keys, values = prefix.states(self.layer, len(hidden), hidden.dtype)
+        if cache is None:
+            keys, values = prefix.states(len(hidden), hidden.dtype)[self.layer]
             return {**given, "past_key_values": caches.FixedCache((keys * gate, values * gate))}
         caches.scale(cache, self.layer, prefix.tokens, gate)
         return given
