@@ -12,7 +12,7 @@ from models import Tiny, randomise
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trimtab import LoraConfig, get_peft_model, kernels
+from trimtab import LoraConfig, get_peft_model, kernels, stacks
 
 
 @pytest.fixture(autouse=True)
@@ -292,6 +292,6 @@ def test_few_rows_take_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_stack_of_one_has_the_bits_of_the_product() -> None:
     """With a scale that bfloat16 does not know."""
     x, A, B = torch.randn(2, 4, 5, dtype=torch.bfloat16), torch.randn(4, 5), torch.randn(7, 4)
-    stack = kernels.Stacks([(A, B)], [7 / 3], 4, 1, None, None, x)
-    assert torch.equal(kernels.products(x, [stack], 7, None), kernels.product(x, A, B, 7 / 3))
-    close(kernels.plain_products(x, [stack], 7, None).float(), kernels.product(x, A, B, 7 / 3).float())
+    stack = stacks.Stacks([(A, B)], [7 / 3], 4, 1, None, None, x)
+    assert torch.equal(stacks.products(x, [stack], 7, None), kernels.product(x, A, B, 7 / 3))
+    close(stacks.plain_products(x, [stack], 7, None).float(), kernels.product(x, A, B, 7 / 3).float())

@@ -17,7 +17,7 @@ SOURCE = Path(trimtab.__file__).parent
 # A folder is one entry: what happens inside it only has to be free of cycles.
 LAYERS = [
     {"errors", "rebuilt", "watch"},
-    {"files", "weights", "recipe_file", "rows"},
+    {"files", "weights", "recipe_file", "rows", "stacks"},
     {"row_inputs"},
     {"adapter"},
     {"sites"},

@@ -92,6 +92,14 @@ def test_a_layer_norm_that_keeps_rounded_numbers_is_kept() -> None:
     assert rebuilt.parts(x)[0] == [x]
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_what_was_written_to_is_kept(graph: bool) -> None:
+    x = leaf(3, 4) * leaf(3, 4)
+    with torch.set_grad_enabled(graph):
+        x[0] = 0
+    assert rebuilt.parts(x)[0] == [x]
+
+
 def test_hooks_are_left_alone() -> None:
     """A checkpoint's would compute the layer again to show what it did not keep."""
     x = leaf(3, 4) * leaf(3, 4)

@@ -24,11 +24,11 @@ def parts(x: Tensor) -> tuple[list[Tensor], Maker]:
     """Tensors, kept by the graph where x is made of such, and what makes x of them; else x itself.
 
     Hooks on what is kept (those of checkpoints, or of offloading) may let nobody look at it but the gradient's own
-    function: with them it is x itself.
+    function: with them it is x itself. So it is where somebody has written to x, whether or not the graph knows.
     """
     found: list[Tensor] = []
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    maker = _maker(x.grad_fn, found) if hooks is None else None
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    maker = None if hooked or x.grad_fn is None or x._version else _maker(x.grad_fn, found)
     return ([x], _first) if maker is None else (found, maker)
 
 

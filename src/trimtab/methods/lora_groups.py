@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .. import kernels
 from ..rows import Group, Rows
+from ..stacks import Stacks, all_adapted, plain_products, products
 
 Members = Sequence[tuple[Any, Group]]  # LoRA adapters of one site, and the rows of each
 SETTINGS, PAIR = itemgetter("training", "dropout", "scale"), itemgetter("A", "B")
@@ -31,9 +32,9 @@ def after(site: nn.Module, members: Members, x: Tensor, y: Tensor, rows: Rows, o
     blank = x.new_empty(1).expand(x.shape)  # or the mask would keep x
     mask = partial(_mask, blank, dropped, rows) if dropped else None
     if W is not None:
-        return kernels.all_adapted(y, x, W, stacks, mask)
-    products = kernels.products if known else kernels.plain_products
-    return y + products(x, stacks, y.shape[-1], mask).to(y.dtype)
+        return all_adapted(y, x, W, stacks, mask)
+    compute = products if known else plain_products
+    return y + compute(x, stacks, y.shape[-1], mask).to(y.dtype)
 
 
 def _layout(site: nn.Module, members: Members, rows: Rows) -> "_Layout":
@@ -53,13 +54,13 @@ class _Layout:
         self.settings, self.pairs = [*map(SETTINGS, self.held)], [*map(PAIR, self.trained)]
         self.parts = [*itertools.chain.from_iterable(self.pairs)]
         self.dropping = [one for one, (training, p, _) in zip(members, self.settings, strict=True) if training and p]
-        self.made: dict[Any, list[kernels.Stacks]] = {}
+        self.made: dict[Any, list[Stacks]] = {}
 
     def holds(self) -> bool:
         now = itertools.chain.from_iterable(map(PAIR, self.trained))
         return all(map(is_, now, self.parts)) and [*map(SETTINGS, self.held)] == self.settings
 
-    def stacks(self, dropped: Mapping[Group, "_Dropped"], x: Tensor, rows: Rows) -> list[kernels.Stacks]:
+    def stacks(self, dropped: Mapping[Group, "_Dropped"], x: Tensor, rows: Rows) -> list[Stacks]:
         enlarged = tuple(dropped[group].enlarged for _, group in self.dropping)
         key = x.dtype, x.device, enlarged
         if key not in self.made:
@@ -71,7 +72,7 @@ class _Layout:
 
 def _stacks(
     members: Members, pairs: list[tuple[Tensor, Tensor]], scales: list[float], x: Tensor, rows: Rows
-) -> list[kernels.Stacks]:
+) -> list[Stacks]:
     ranks: dict[int, list[int]] = {}
     for number, (A, _) in enumerate(pairs):
         ranks.setdefault(1 << (A.shape[0] - 1).bit_length(), []).append(number)
@@ -79,7 +80,7 @@ def _stacks(
     for rank, own in ranks.items():
         units = rows.units(tuple(members[number][1].name for number in own))
         mine = [pairs[number] for number in own], [scales[number] for number in own]
-        found.append(kernels.Stacks(*mine, rank, units.count, units.slots, units.rows, x, rows.fixed))
+        found.append(Stacks(*mine, rank, units.count, units.slots, units.rows, x, rows.fixed))
     return found
 
 
