@@ -43,7 +43,7 @@ class Stacks:
         exact = torch.promote_types(x.dtype, torch.float32)
         self.scales = self._of_blocks(torch.tensor(scales, dtype=exact, device=x.device).view(-1, 1, 1))
         self._watched = [] if fixed else [part for pair in pairs for part in pair if not part.is_inference()]
-        self._made: tuple[int, tuple[Tensor, Tensor]] | None = None
+        self._made: tuple[int, tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (n, rank, i) and B^T (n, rank, o) of the blocks."""
@@ -54,15 +54,18 @@ class Stacks:
             Bs = [F.pad(B, (0, more)) for B, more in zip(Bs, missing, strict=True)]
         return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype)).mT
 
-    def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A^T (n, i, rank) and s B^T (n, rank, o), made once, until somebody changes a pair."""
+    def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A^T (n, i, rank), B^T (n, rank, o) and s, made once, until somebody changes a pair.
+
+        Used again, B^T lies as products of few rows read it fastest, and s is in it: there is none beside it.
+        """
         version = sum(map(VERSION, self._watched))  # none ever goes down
         if self._made is None or self._made[0] != version:
             A, B = self.stacked(dtype)
-            self._made = version, (A.mT, (B * self.scales).to(dtype))
-        elif not self._made[1][1].is_contiguous():  # as products of few rows read it fastest: it is used again
-            A, B = self._made[1]
-            self._made = version, (A, B.contiguous())
+            self._made = version, (A.mT, B, self.scales)
+        elif (scales := self._made[1][2]) is not None:
+            A, B, _ = self._made[1]
+            self._made = version, (A, (B.contiguous() * scales).to(dtype), None)
         return self._made[1]
 
     def forget(self) -> None:
@@ -130,8 +133,9 @@ def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stack
     if not torch.is_grad_enabled():  # a function of so many arguments takes longer to call than to compute
         dropped = x if mask is None else mask().mul_(x)
         for own in stacks:
-            A, B = own.kept(x.dtype)
-            own.add(y, torch.bmm(own.of(dropped), A), B)
+            A, B, scales = own.kept(x.dtype)
+            h = torch.bmm(own.of(dropped), A)
+            own.add(y, h if scales is None else h.mul_(scales), B)
         return y
     for own in stacks:
         own.forget()
