@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from battery import close, is_adapter, same_bits
-from models import output
+from models import Tiny, output
 from safetensors.torch import load_file
 from test_integration import SHAPES, all_close, attach
 from torch import Tensor, nn
@@ -19,6 +19,29 @@ from torch import Tensor, nn
 from trimtab import MergeError, TargetError
 
 STEPS = 2
+
+
+class Blocks(nn.Module):
+    """A head behind the last block's norm, whose weight lies in that block's unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(2)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def blocks() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny(Blocks(), {"x": torch.randn(2, 5, 4)})
+
+
+MODELS = {**SHAPES, "blocks": blocks}
 
 
 def error(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -70,7 +93,7 @@ def process(rank: int, folder: str) -> None:
         dist.all_reduce(value)
         return value / 2
 
-    for name, build in SHAPES.items():
+    for name, build in MODELS.items():
         for how in ("fsdp", "ddp"):
             model, inputs = attach(build())
             own = {key: value[rank : rank + 1] for key, value in inputs.items()}
@@ -103,7 +126,7 @@ def refusals(model: Any, inputs: dict[str, Tensor]) -> None:
 
 def test_two_processes_train_what_one_would(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
-    for name, build in SHAPES.items():
+    for name, build in MODELS.items():
         model, inputs = attach(build())
         base = {key: value.clone() for key, value in model.state_dict().items() if not is_adapter(key)}
         model.save_pretrained(tmp_path / name / "start")

@@ -66,6 +66,19 @@ def test_a_mask_is_the_same_in_pieces(shape: tuple[int, ...], monkeypatch: pytes
     close(kernels.product(x, A, B, kept, 0.4), x * whole)
 
 
+def test_a_gradient_over_many_pieces_is_as_precise_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, whose sums would lose what comes late: 256 pieces of 4 rows."""
+    monkeypatch.setattr(kernels, "PIECE", 1)
+    x, g = torch.randn(1024, 16).bfloat16(), torch.randn(1024, 3).bfloat16()
+    A, B = torch.randn(2, 16).bfloat16().requires_grad_(), torch.randn(3, 2).bfloat16()
+    monkeypatch.setattr(kernels, "seed", lambda p: 5 if p else 0)
+    kernels.product(x, A, B, 1.0, 0.25).backward(g)
+    h = (g @ B).mul(kernels.enlarged(0.25))
+    expected = h.double().T @ (x * kernels.mask(x, 0.25, 5)).double()
+    assert A.grad is not None
+    assert (A.grad - expected).norm() < 4e-3 * expected.norm()
+
+
 LAYERS: dict[str, Callable[[], Tiny]] = {
     "linear": models.mlp, "llama": models.llama, "bert": models.bert, "gpt2": models.gpt2, "t5": models.t5,
     "vit": models.vit,

@@ -100,6 +100,44 @@ def test_what_was_written_to_is_kept(graph: bool) -> None:
     assert rebuilt.parts(x)[0] == [x]
 
 
+def test_hooks_that_acted_on_the_parts_are_left_alone() -> None:
+    """A checkpointed layer that ends in a product: looking at its parts would compute it once more."""
+    runs = 0
+
+    def layer(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return nn.functional.gelu(x) * x
+
+    x = checkpoint(layer, leaf(3, 4), use_reentrant=False)
+    assert rebuilt.parts(x)[0] == [x]
+    assert runs == 1
+
+
+def test_a_part_that_is_not_there_for_good_is_not_taken() -> None:
+    """As a frozen norm's weight in a unit that FSDP has gathered and given back."""
+    weight = torch.randn(4)
+    x = weight * (leaf(3, 4) * leaf(3, 4))
+    assert len(rebuilt.parts(x)[0]) == 3
+    weight.untyped_storage().resize_(0)
+    assert rebuilt.parts(x)[0] == [x]
+
+
+def test_a_graph_that_is_freed_is_not_asked() -> None:
+    x = leaf(3, 4) * leaf(3, 4)
+    x.sum().backward()
+    A = leaf(2, 4)
+    (found,) = torch.autograd.grad(kernels.product(x, A, torch.ones(3, 2), 1.0).sum(), A)
+    close(found, 3 * x.detach().sum(0).expand(2, 4))
+
+
+def test_a_move_to_another_device_is_made_too() -> None:
+    x = (leaf(3, 4) * leaf(3, 4)).to("meta")
+    found, make = rebuilt.parts(x)
+    assert len(found) == 2
+    assert make(found).is_meta
+
+
 def test_hooks_are_left_alone() -> None:
     """A checkpoint's would compute the layer again to show what it did not keep."""
     x = leaf(3, 4) * leaf(3, 4)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -292,13 +292,6 @@ class PeftConfig(BaseModel, ABC):
     revision: str | None = None
     inference_mode: bool = False
     auto_mapping: dict[str, Any] | None = None
-
-    @field_validator("*")
-    @classmethod
-    def _is_a_size(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError("no tensor is that large")
-        return value
 
     def __init__(self, **settings: Any) -> None:
         known = type(self).model_fields

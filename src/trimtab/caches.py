@@ -45,9 +45,10 @@ def scale(cache: Any, layer: int, length: int, by: Tensor) -> None:
     real, rows = getattr(cache, "real", cache), getattr(cache, "rows", slice(None))
     whole = getattr(real, "self_attention_cache", real)
     own = whole.layers[layer]
-    if own.get_seq_length() == whole.virtual:
-        factors = by.new_ones(len(own.keys), 1, whole.virtual, 1)
-        factors[rows, :, whole.virtual - length :] = by
+    virtual = getattr(whole, "virtual", None)  # none where others have filled it
+    if own.get_seq_length() == virtual:
+        factors = by.new_ones(len(own.keys), 1, virtual, 1)
+        factors[rows, :, virtual - length :] = by
         own.keys, own.values = own.keys * factors, own.values * factors
 
 
@@ -75,8 +76,11 @@ def holder(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def readers(model: nn.Module) -> dict[str, int]:
-    """The attention modules that read the cache, by name, with the number of their layer in it."""
-    decoder = model.get_decoder() if takes(model, "decoder_input_ids") else model  # type: ignore[operator]
+    """The attention modules that read the cache, by name, with the number of their layer in it.
+
+    Those of a vision or audio tower, or of an encoder, may look as if they did.
+    """
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     inside = {id(module) for module in decoder.modules()}
     found: dict[str, int] = {}
     for name, module in base_modules(model):

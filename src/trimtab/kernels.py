@@ -209,13 +209,14 @@ def _out_of(
     if not p:
         return None if x is None else grad_h.T @ x, None if A is None else grad_h @ A
     i = x.shape[1] if x is not None else A.shape[1]  # type: ignore[union-attr]
-    grad_A = None if x is None else grad_h.new_zeros(grad_h.shape[1], i)
+    exact = torch.promote_types(grad_h.dtype, torch.float32)  # in bfloat16 a sum over many pieces loses its end
+    grad_A = None if x is None else grad_h.new_zeros(grad_h.shape[1], i, dtype=exact)
     grad_x = None if A is None else grad_h.new_empty(len(grad_h), i)
     for own, kept in _masks(len(grad_h), i, grad_h, p, seed):
         if A is not None and grad_x is not None:
             torch.mm(grad_h[own], A, out=grad_x[own]).mul_(kept)
         if x is not None and grad_A is not None:
-            grad_A.addmm_(grad_h[own].T, kept.mul_(x[own]))
+            grad_A += grad_h[own].T @ kept.mul_(x[own])
     return grad_A, grad_x
 
 

@@ -7,7 +7,8 @@ of which PyTorch keeps what those got, for their own gradients. Such an input is
     x = gelu(a)
     x = (a - mean) / std w + b     a layer norm, of which mean and 1 / std are kept too
 
-That is to the same bits, but for the layer norm, where the last one may differ.
+That is to the same bits, but for the layer norm, where the last one may differ. What is not seen: a write that PyTorch
+does not see either (`x.data`), and one without gradients to a factor, before the product.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +24,21 @@ Maker = Callable[[Sequence[Tensor]], Tensor]  # x, of its parts
 def parts(x: Tensor) -> tuple[list[Tensor], Maker]:
     """Tensors, kept by the graph where x is made of such, and what makes x of them; else x itself.
 
-    Hooks on what is kept (those of checkpoints, or of offloading) may let nobody look at it but the gradient's own
-    function: with them it is x itself. So it is where somebody has written to x, whether or not the graph knows.
+    It is x itself where hooks act on what is kept (those of checkpoints, or of offloading), which may let nobody look
+    but the gradient's own function; where somebody has written to x; and where a part is not there for good, as a
+    parameter outside the unit that FSDP has gathered.
     """
     found: list[Tensor] = []
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    maker = None if hooked or x.grad_fn is None or x._version else _maker(x.grad_fn, found)
-    return ([x], _first) if maker is None else (found, maker)
+    if hooked or x.grad_fn is None or x._version:
+        return [x], _first
+    try:
+        maker = _maker(x.grad_fn, found)
+    except RuntimeError:  # the graph is freed, or a part was written to: gradients of x are out of reach, not others
+        maker = None
+    if maker is None or not all(part.untyped_storage().nbytes() for part in found):
+        return [x], _first
+    return found, maker
 
 
 def _first(parts: Sequence[Tensor]) -> Tensor:
@@ -39,36 +48,43 @@ def _first(parts: Sequence[Tensor]) -> Tensor:
 def _maker(node: Any, found: list[Tensor]) -> Maker | None:
     """What makes the result of a function of the graph of what that keeps, which is added to `found`."""
     kind = type(node).__name__
-    if kind == "MulBackward0":
-        return _product(node, found)
-    if kind == "NativeLayerNormBackward0":
-        return _norm(node, found)
-    if kind == "GeluBackward0":
-        form, a = node._saved_approximate, _part(node._saved_self, found)
-        return lambda parts: F.gelu(a(parts), approximate=form)
     if kind == "ToCopyBackward0" and (inner := _maker(node.next_functions[0][0], found)) is not None:
-        own, dtype = inner, node._input_metadata[0].dtype
-        return lambda parts: own(parts).to(dtype)
-    return None
+        own, to = inner, node._input_metadata[0]
+        return lambda parts: own(parts).to(to.device, to.dtype)
+    if kind not in KEPT or any(getattr(node, f"_raw_saved_{name}").unpack_hook for name in KEPT[kind]):
+        return None
+    kept = [getattr(node, f"_saved_{name}") for name in KEPT[kind]]
+    if kind == "MulBackward0":
+        return _product(node, kept, found)
+    if kind == "NativeLayerNormBackward0":
+        return _norm(kept, found)
+    form, a = node._saved_approximate, _part(kept[0], found)
+    return lambda parts: F.gelu(a(parts), approximate=form)
 
 
-def _product(node: Any, found: list[Tensor]) -> Maker | None:
+KEPT = {  # the functions that are known, and the names of what they keep
+    "GeluBackward0": ("self",),
+    "MulBackward0": ("self", "other"),
+    "NativeLayerNormBackward0": ("input", "result1", "result2", "weight", "bias"),
+}
+
+
+def _product(node: Any, kept: Sequence[Tensor | None], found: list[Tensor]) -> Maker | None:
     """A factor that is not kept, since the other one is frozen, may be made of what its own function keeps."""
     factors = [
         _maker(before, found) if own is None else _part(own, found)
-        for own, (before, _) in zip((node._saved_self, node._saved_other), node.next_functions, strict=True)
+        for own, (before, _) in zip(kept, node.next_functions, strict=True)
     ]
     a, b = factors
     return None if a is None or b is None else lambda parts: a(parts) * b(parts)
 
 
-def _norm(node: Any, found: list[Tensor]) -> Maker | None:
-    dtype = node._saved_input.dtype
-    mean, scale = node._saved_result1, node._saved_result2
-    if scale.itemsize < 4:  # rounded more than the result was
+def _norm(kept: Sequence[Any], found: list[Tensor]) -> Maker | None:
+    if kept[2].itemsize < 4:  # rounded more than the result was
         return None
-    rest = [None if own is None else _part(own, found) for own in (node._saved_weight, node._saved_bias)]
-    a, m, r = (_part(own, found) for own in (node._saved_input, mean, scale))
+    dtype = kept[0].dtype
+    a, m, r = (_part(own, found) for own in kept[:3])
+    rest = [None if own is None else _part(own, found) for own in kept[3:]]
 
     def make(parts: Sequence[Tensor]) -> Tensor:
         x = (a(parts) - m(parts)).mul_(r(parts))

@@ -115,7 +115,7 @@ class _Batch:
         if hasattr(value, "get_seq_length"):
             kept = vars(value).setdefault("of_rows", {})
             view = SeenCache(self.groups[number], value, self.lead(number, self.axes[-1]))
-            return kept.setdefault(self.groups[number].name, view)
+            return kept.setdefault((self.groups[number].name, self.groups[number].rows), view)
         if isinstance(value, Mapping):
             found = {name: self.seen(number, part) for name, part in value.items()}
             return type(value)(**found) if type(value) is not dict else found

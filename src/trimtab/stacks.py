@@ -69,7 +69,7 @@ class Stacks:
         return self._made[1]
 
     def forget(self) -> None:
-        """What is kept. After gradients comes a step, and of a fused optimizer's the versions do not tell."""
+        """What is kept."""
         self._made = None
 
     def _of_blocks(self, stack: Tensor) -> Tensor:
@@ -137,8 +137,6 @@ def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stack
             h = torch.bmm(own.of(dropped), A)
             own.add(y, h if scales is None else h.mul_(scales), B)
         return y
-    for own in stacks:
-        own.forget()
     parts = [part for own in stacks for pair in own.pairs for part in pair]
     result: Tensor = _LowRanks.apply(x, W, y, stacks, mask, *parts)  # type: ignore[no-untyped-call]
     return result

@@ -34,8 +34,8 @@ class Trainer(transformers.Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As the plain Trainer has it, which goes through all modules of the model in every step to count weights."""
-        given = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        return 0 if given is None else 6 * int(given.numel()) * self._weights
+        name = getattr(self.model, "main_input_name", "input_ids")
+        return 6 * int(inputs[name].numel()) * self._weights if name in inputs else 0
 
     @functools.cached_property
     def _weights(self) -> int:

@@ -6,6 +6,7 @@ store it otherwise: transposed (Embedding, GPT-2's Conv1D), under another name (
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import MergeError
+from .errors import ConfigError, MergeError
 
+MOST = 2**47  # numbers in a parameter, hundreds of terabytes
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -66,7 +68,12 @@ def new_parameter(module: nn.Module, *shape: int) -> nn.Parameter:
     """An uninitialised parameter for an adapter of this layer: in training precision, beside the layer's weight.
 
     Inside `torch.device("meta")` it lies there: that is how a plan is made that will be filled from a file.
+
+    Raises:
+        ConfigError: no memory holds it.
     """
+    if math.prod(shape) >= MOST:
+        raise ConfigError(f"An adapter would have a parameter of {' x '.join(map(str, shape))}: no memory holds it.")
     default = torch.get_default_device()
     place = default if default.type == "meta" else device(module)
     return nn.Parameter(torch.empty(shape, dtype=master_dtype(compute_dtype(module)), device=place))

@@ -61,10 +61,12 @@ class _Layout:
         return all(map(is_, now, self.parts)) and [*map(SETTINGS, self.held)] == self.settings
 
     def stacks(self, dropped: Mapping[Group, "_Dropped"], x: Tensor, rows: Rows) -> list[Stacks]:
-        enlarged = tuple(dropped[group].enlarged for _, group in self.dropping)
-        key = x.dtype, x.device, enlarged
+        if torch.is_grad_enabled():  # then comes a step, and of a fused optimizer's the versions do not tell
+            for own in itertools.chain.from_iterable(self.made.values()):
+                own.forget()
+        more = {group: one.enlarged for group, one in dropped.items()}
+        key = x.dtype, x.device, *more.values()
         if key not in self.made:
-            more = {group: one.enlarged for group, one in dropped.items()}
             scales = [one.scale * more.get(group, 1.0) for one, group in self.members]
             self.made[key] = _stacks(self.members, self.pairs, scales, x, rows)
         return self.made[key]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from .. import caches, weights
 from ..adapter import Adapter, InputAdapter
@@ -30,13 +30,16 @@ class Prefix(VirtualTokens):
         """sizes: tokens, layers, heads of keys and values. step: HF PEFT's num_transformer_submodules."""
         super().__init__(embedding, sizes[0], encoder)
         self.layers, self.heads, self.step = *sizes[1:], step
+        self._last: tuple[nn.Module, ...] = ()  # that of the last call; in a tuple, or it would be a part of this
+        self._checkpoints: bool | None = None  # whether that checkpoints layers, where somebody has asked
         self.gates: nn.ModuleList | None = None  # of each layer: how far the prefix is let in
 
     def hf_key(self, name: str) -> str:
         return name if name.startswith("gates.") else super().hf_key(name)
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-        if not self.enters_attention and site.training and _checkpoints(site):
+        self._last, self._checkpoints = (site,), None
+        if not self.enters_attention and self.checkpoints:
             raise AdapterError(
                 f"A prefix goes through the key-value cache, which {type(site).__name__} drops in checkpointed layers. "
                 "Train without gradient checkpointing, or with PromptTuningConfig."
@@ -58,17 +61,36 @@ class Prefix(VirtualTokens):
     def fill(self, site: nn.Module, cache: Any, states: list[caches.Pair]) -> Any:
         return caches.filled(site, cache, states)
 
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the last call is one with checkpointed layers; not looked for before that matters."""
+        if self._checkpoints is None:
+            parts = (part for site in self._last if site.training for part in site.modules())
+            self._checkpoints = any(vars(part).get("gradient_checkpointing") for part in parts)
+        return self._checkpoints
+
     def states(self, rows: int, dtype: torch.dtype) -> list[caches.Pair]:
         """Keys and values in each layer, the same for each row."""
-        pairs = self().view(self.tokens, self.layers, 2, self.heads, -1).permute(1, 2, 3, 0, 4).to(dtype)
-        keys, values = pairs.unsqueeze(2).expand(-1, -1, rows, -1, -1, -1).unbind(1)  # (layers, B, heads, P, width)
-        found = list(zip(keys.unbind(), values.unbind(), strict=True))
-        # With a step of 2 (encoder-decoders) HF PEFT skips every other pair; so must who reads its adapters.
-        return [found[self.step * layer % self.layers] for layer in range(self.layers)]
+        found = self._pairs().to(dtype).unbind()
+        return [_of_rows(found[self._number(layer)], rows) for layer in range(self.layers)]
+
+    def state(self, layer: int, rows: int, dtype: torch.dtype) -> caches.Pair:
+        """Those of one layer."""
+        return _of_rows(self._pairs()[self._number(layer)].to(dtype), rows)
+
+    def _pairs(self) -> Tensor:
+        """(layers, 2, heads, P, width of a head)."""
+        values: Tensor = self()
+        return values.view(self.tokens, self.layers, 2, self.heads, -1).permute(1, 2, 3, 0, 4)
+
+    def _number(self, layer: int) -> int:
+        """With a step of 2 (encoder-decoders) HF PEFT skips every other pair; so must who reads its adapters."""
+        return self.step * layer % self.layers
 
 
-def _checkpoints(model: nn.Module) -> bool:
-    return any(vars(part).get("gradient_checkpointing") for part in model.modules())
+def _of_rows(pair: Tensor, rows: int) -> caches.Pair:
+    keys, values = pair.unsqueeze(1).expand(-1, rows, -1, -1, -1)
+    return keys, values
 
 
 class PrefixAgain(InputAdapter):
@@ -85,11 +107,12 @@ class PrefixAgain(InputAdapter):
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         crosses = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
         prefix, cache, hidden = self.prefix[0], given.get("past_key_values"), given["hidden_states"]
-        if crosses or (cache is not None and prefix.gates is None):
+        dropped = cache is None and prefix.checkpoints
+        if crosses or not (dropped or (cache is not None and prefix.gates is not None)):
             return given
         gate = hidden.new_ones(1) if prefix.gates is None else prefix.gates[self.layer](hidden).unsqueeze(1)
-        if cache is None:
-            keys, values = prefix.states(len(hidden), hidden.dtype)[self.layer]
+        if dropped:
+            keys, values = prefix.state(self.layer, len(hidden), hidden.dtype)
             return {**given, "past_key_values": caches.FixedCache((keys * gate, values * gate))}
         caches.scale(cache, self.layer, prefix.tokens, gate)
         return given
