@@ -326,7 +326,7 @@ def imports() -> dict[str, float]:
 
 
 def measure(model: str, name: str, shapes: list[str], steps: int) -> Iterator[dict[str, Any]]:
-    """A row for each shape; the first one has the verbs, which know none. None for a method that the model is not for."""
+    """A row for each shape; the first one has the verbs, which know none. No row where there is nothing to train."""
     method = METHODS[name]
     base = MODELS[model](method.quantized)
     if method.ours == "BitFitConfig" and not any(path.endswith("bias") for path, _ in base.named_parameters()):
@@ -420,7 +420,8 @@ cheaper.
 - saved: bytes that are there after the forward pass, for the backward pass, and were not before.
 - peak: the most bytes that a step holds at a time beyond the model, gradients included.
 - HF PEFT has the same weights. Its loss equals ours to 1e-4, and no gradient is zero as a whole: that is asserted
-  before anything is timed. It has no bottleneck adapters and no BitFit, and a Llama has no biases. A quantized model cannot be trained in full.
+  before anything is timed. It has no bottleneck adapters and no BitFit, and a Llama has no biases. A quantized model
+  cannot be trained in full.
 - float32, one thread; dropout 0.1 where it is named, r 8 where no other is.
 
 Milliseconds of the verbs, the least of {REPEATS}, by the wall clock:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_integration import SHAPES, all_close, attach
 from torch import Tensor, nn
 
-from trimtab import MergeError, TargetError
+from trimtab import MergeError, TargetError, kernels
 
 STEPS = 2
 
@@ -87,6 +87,7 @@ def process(rank: int, folder: str) -> None:
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    kernels.FEW = 0  # as conftest.py has it in the process of the tests
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
     def mean(value: Tensor) -> Tensor:

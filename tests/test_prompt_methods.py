@@ -173,6 +173,18 @@ def test_gradient_checkpointing_changes_nothing(method: str, model: str, reentra
     torch.testing.assert_close(found[1], found[0])
 
 
+def test_a_part_that_is_called_by_itself_has_no_prefix() -> None:
+    """The model puts it into the cache; attention without one, which nobody checkpoints, was given none."""
+    adapted, inputs = trained("prefix", "llama")
+    part = adapted.model
+    adapted(**inputs)
+    for mode in (True, False):
+        part.train(mode)
+        found = part(inputs["input_ids"], use_cache=False).last_hidden_state
+        with adapted.disable_adapter():
+            assert torch.equal(found, part(inputs["input_ids"], use_cache=False).last_hidden_state)
+
+
 def test_prefix_refuses_checkpointed_layers_that_it_cannot_enter() -> None:
     model, inputs = trained("prefix", "llama")
     adapter(model).enters_attention = False

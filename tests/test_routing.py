@@ -25,6 +25,7 @@ from trimtab import (
     UniPeltConfig,
     VeraConfig,
     get_peft_model,
+    kernels,
 )
 
 BASE = "__base__"
@@ -355,6 +356,30 @@ def test_a_change_inside_the_block_is_seen() -> None:
     close(stepped[1:], before[1:])
     far(assigned, stepped)
     far(scaled, assigned)
+
+
+def test_a_step_is_seen_by_batches_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What short batches have kept is no more right after a step that a long one has led to."""
+    monkeypatch.setattr(kernels, "FEW", 2 * 8 * 16)  # beyond it dropout enlarges by another number, in the last digits
+    tiny = models.llama()
+    configs = {name: LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.3) for name in ("a", "b")}
+    model: Any = with_adapters(tiny, configs)
+    model.train()
+    model.set_requires_grad("b")
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if ".b." in n], lr=0.1, fused=True)
+
+    def short() -> Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return output(model, {"input_ids": models.ids(2)[:, :3]})
+
+    with model.route(["a", "b"]):
+        short()
+        output(model, {"input_ids": models.ids(2, 12)}).square().sum().backward()
+        optimizer.step()
+        found = short()
+    with model.route(["a", "b"]):
+        close(found, short())
 
 
 def test_an_outline_has_rows_too() -> None:

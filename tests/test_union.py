@@ -1,6 +1,7 @@
 """Unions: several methods as one adapter; MAM and UniPELT by their formulas; what cannot go together."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,23 @@ def test_a_gated_prefix_is_scaled_by_what_the_layer_reads() -> None:
     plain = model(**inputs).logits
     model.activation_checkpointing_enable({"use_reentrant": False})
     close(model(**inputs).logits, plain)
+
+
+def test_a_cache_that_the_base_has_filled_has_no_prefix_to_scale() -> None:
+    model, inputs = models.gpt2()
+    prefix = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(model, UnionConfig(methods=[prefix], gated=True))
+    randomise(model)
+    ids = inputs["input_ids"]
+
+    def rest(act: Any) -> torch.Tensor:
+        with model.disable_adapter():
+            cache = model(ids[:, :3], use_cache=True).past_key_values
+        with torch.no_grad(), act():
+            logits: torch.Tensor = model(ids[:, 3:], past_key_values=cache).logits
+            return logits
+
+    close(rest(nullcontext), rest(model.disable_adapter))
 
 
 # Presets
