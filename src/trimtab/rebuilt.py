@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Maker = Callable[[Sequence[Tensor]], Tensor]  # x, of its parts
+HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # a PyTorch without it keeps inputs
 
 
 def parts(x: Tensor) -> tuple[list[Tensor], Maker]:
@@ -29,8 +30,7 @@ def parts(x: Tensor) -> tuple[list[Tensor], Maker]:
     parameter outside the unit that FSDP has gathered.
     """
     found: list[Tensor] = []
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if hooked or x.grad_fn is None or x._version:
+    if HOOKS is None or HOOKS(True) is not None or x.grad_fn is None or x._version:
         return [x], _first
     try:
         maker = _maker(x.grad_fn, found)
@@ -51,7 +51,7 @@ def _maker(node: Any, found: list[Tensor]) -> Maker | None:
     if kind == "ToCopyBackward0" and (inner := _maker(node.next_functions[0][0], found)) is not None:
         own, to = inner, node._input_metadata[0]
         return lambda parts: own(parts).to(to.device, to.dtype)
-    if kind not in KEPT or any(getattr(node, f"_raw_saved_{name}").unpack_hook for name in KEPT[kind]):
+    if kind not in KEPT or any(map(_hooked, (getattr(node, f"_raw_saved_{name}") for name in KEPT[kind]))):
         return None
     kept = [getattr(node, f"_saved_{name}") for name in KEPT[kind]]
     if kind == "MulBackward0":
@@ -60,6 +60,11 @@ def _maker(node: Any, found: list[Tensor]) -> Maker | None:
         return _norm(kept, found)
     form, a = node._saved_approximate, _part(kept[0], found)
     return lambda parts: F.gelu(a(parts), approximate=form)
+
+
+def _hooked(saved: Any) -> bool:
+    """Whether a hook acts on it, as far as this PyTorch tells."""
+    return getattr(saved, "unpack_hook", _hooked) is not None
 
 
 KEPT = {  # the functions that are known, and the names of what they keep
