@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import rebuilt, weights
 from .sites import lineage
 
-FEW = 2**15  # elements of an input, below which calling a function from Python costs more than it saves
+FEW = 2**17  # elements of an input, below which calling a function from Python costs more than it saves
 CARDS = ("cuda",)  # kinds of devices with kernels of their own (triton_kernels.py)
 PIECE = 2**16  # elements of a mask that are drawn and used at a time on a CPU
 LANES = 2**16  # dropout draws 16 bits for an element, a quarter of the time of PyTorch's floats on a CPU
