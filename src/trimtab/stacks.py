@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import rebuilt
 
+Made = tuple[Tensor, Tensor, Tensor | None]  # A and B^T of blocks, and s, None where that is in B^T
 VERSION = attrgetter("_version")  # of a tensor: goes up when it is written to
 
 
@@ -43,7 +44,7 @@ class Stacks:
         exact = torch.promote_types(x.dtype, torch.float32)
         self.scales = self._of_blocks(torch.tensor(scales, dtype=exact, device=x.device).view(-1, 1, 1))
         self._watched = [] if fixed else [part for pair in pairs for part in pair if not part.is_inference()]
-        self._made: tuple[int, tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self._made: tuple[int, Made] | None = None
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (n, rank, i) and B^T (n, rank, o) of the blocks."""
@@ -54,15 +55,14 @@ class Stacks:
             Bs = [F.pad(B, (0, more)) for B, more in zip(Bs, missing, strict=True)]
         return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype)).mT
 
-    def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A^T (n, i, rank), B^T (n, rank, o) and s, made once, until somebody changes a pair.
+    def kept(self, dtype: torch.dtype) -> Made:
+        """A (n, rank, i), B^T (n, rank, o) and s, made once, until somebody changes a pair.
 
         Used again, B^T lies as products of few rows read it fastest, and s is in it: there is none beside it.
         """
         version = sum(map(VERSION, self._watched))  # none ever goes down
         if self._made is None or self._made[0] != version:
-            A, B = self.stacked(dtype)
-            self._made = version, (A.mT, B, self.scales)
+            self._made = version, (*self.stacked(dtype), self.scales)
         elif (scales := self._made[1][2]) is not None:
             A, B, _ = self._made[1]
             self._made = version, (A, (B.contiguous() * scales).to(dtype), None)
@@ -106,12 +106,12 @@ Mask = Callable[[], Tensor]  # draws, the same each time, what dropout has x tim
 
 
 def products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask | None) -> Tensor:
-    """s B A drop(x) with each row's own s, B and A, as `product` above; 0 for rows that are in no stack."""
+    """s B A drop(x) with each row's own s, B and A, as kernels.product; 0 for rows that are in no stack."""
     return _apply_stacks(x, None, x.new_zeros(*x.shape[:-1], outputs), stacks, mask)
 
 
 def all_adapted(y: Tensor, x: Tensor, W: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> Tensor:
-    """y = W x + b -> y + s B A drop(x) with each row's own s, B and A, as `adapted` above."""
+    """y = W x + b -> y + s B A drop(x) with each row's own s, B and A, as kernels.adapted."""
     return _apply_stacks(x, W, y.detach(), stacks, mask)
 
 
@@ -131,25 +131,20 @@ def plain_products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask
 
 def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> Tensor:
     if not torch.is_grad_enabled():  # a function of so many arguments takes longer to call than to compute
-        dropped = x if mask is None else mask().mul_(x)
-        for own in stacks:
-            A, B, scales = own.kept(x.dtype)
-            h = torch.bmm(own.of(dropped), A)
-            own.add(y, h if scales is None else h.mul_(scales), B)
+        _add_all(y, x, stacks, [own.kept(x.dtype) for own in stacks], mask)
         return y
     parts = [part for own in stacks for pair in own.pairs for part in pair]
     result: Tensor = _LowRanks.apply(x, W, y, stacks, mask, *parts)  # type: ignore[no-untyped-call]
     return result
 
 
-def _add_all(
-    y: Tensor, x: Tensor, stacks: Sequence[Stacks], made: Sequence[tuple[Tensor, Tensor]], mask: Mask | None
-) -> list[Tensor]:
-    """y += s B A drop(x); s A drop(x) of each stack, (n, N / n, r)."""
-    dropped = x if mask is None else mask().mul_(x)
-    hs = [torch.bmm(own.of(dropped), A.mT).mul_(own.scales) for own, (A, _) in zip(stacks, made, strict=True)]
-    for own, (_, B), h in zip(stacks, made, hs, strict=True):
-        own.add(y, h, B)
+def _add_all(y: Tensor, x: Tensor, stacks: Sequence[Stacks], made: Sequence[Made], mask: Mask | None) -> list[Tensor]:
+    """y += s B A drop(x); A drop(x) of each stack, (n, N / n, r), times s where that is given by itself."""
+    dropped, hs = x if mask is None else mask().mul_(x), []
+    for own, (A, B, scales) in zip(stacks, made, strict=True):
+        h = torch.bmm(own.of(dropped), A.mT)
+        hs.append(h if scales is None else h.mul_(scales))
+        own.add(y, hs[-1], B)
     return hs
 
 
@@ -166,14 +161,14 @@ class _LowRanks(torch.autograd.Function):
         mask: Mask | None,
         *parts: Tensor,  # noqa: ARG004 - for their gradients
     ) -> Tensor:
-        made = [own.stacked(x.dtype) for own in stacks]
+        made = [(*own.stacked(x.dtype), own.scales) for own in stacks]
         hs = _add_all(y, x, stacks, made, mask)
         ctx.mark_dirty(y)
         ctx.stacks, ctx.mask = stacks, mask
         ctx.size = x.shape
         kept, ctx.input = rebuilt.parts(x) if any(ctx.needs_input_grad[5:]) else ([], None)
         ctx.kept = len(kept)
-        ctx.save_for_backward(W, *kept, *hs, *(A for A, _ in made), *(B for _, B in made))
+        ctx.save_for_backward(W, *kept, *hs, *(A for A, _, _ in made), *(B for _, B, _ in made))
         return y
 
     @staticmethod
