@@ -66,19 +66,22 @@ def test_two_processes_make_the_run_of_one(recipe: Path, still: str, more: str) 
 
 
 WATCHED = """
-import sys
+import os, sys
 from pathlib import Path
 from torch import distributed
 from trimtab import recipe, training
 from trimtab.tasks.text_classification import TextClassification
 
+def say(word):  # in one write: pieces of two processes' lines would mix
+    os.write(1, f"{word}: {distributed.is_initialized()}\\n".encode())
+
 def encode(task, *args, encode=TextClassification.encode):
-    print("encoding:", distributed.is_initialized(), flush=True)
+    say("encoding")
     return encode(task, *args)
 
 TextClassification.encode = encode
 training.train(recipe.read(Path(sys.argv[1]), sys.argv[2:]), lambda line: None)
-print("trained:", distributed.is_initialized(), flush=True)
+say("trained")
 """
 
 
