@@ -50,6 +50,15 @@ def test_a_generated_class_looks_like_the_original() -> None:
     assert repr(model.first).startswith("Linear(\n  in_features=5, out_features=7")
 
 
+def test_the_mode_of_every_part_is_set_anew() -> None:
+    model = lora(models.mlp().model, ["first"])
+    for mode in (True, False):
+        model.train(mode)
+        model.first.adapters.train(not mode)
+        assert model.train(mode) is model
+        assert {part.training for part in model.modules()} == {mode}
+
+
 def test_modules_of_one_class_stay_of_one_class() -> None:
     model = lora(models.mlp().model, ["first", "second"])
     assert type(model.first) is type(model.second)

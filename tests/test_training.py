@@ -134,6 +134,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Path, bert: 
         torch.testing.assert_close(accumulated[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_are_clipped_by_the_norm_of_all_that_is_trained(recipe: Path) -> None:
+    """A step of plain descent is as long as its rate times the bound: two differ by the rates' difference times it."""
+    plain = ["training.optim=sgd", "training.warmup_steps=0", "training.max_steps=1", "training.max_grad_norm=0.001"]
+    one, two = (
+        saved(train(changed(recipe, *plain, f"training.learning_rate={rate}", f"output=run-{rate}"), silent).folder)
+        for rate in (1, 3)
+    )
+    moved = torch.stack([(two[name] - one[name]).norm() for name in one]).norm().item()
+    assert moved == pytest.approx(0.002, rel=1e-4)
+
+
 def test_bfloat16_training_passes_its_own_check(recipe: Path) -> None:
     assert train(changed(recipe, "training.bf16=true"), silent).metrics["steps"] == 6
 

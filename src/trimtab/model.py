@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -119,6 +119,10 @@ class PeftModel(Routed):
         """`type(model).from_pretrained` stays the original's, which loads base models."""
         own = {"from_pretrained": original.from_pretrained} if hasattr(original, "from_pretrained") else {}
         return own | super().namespace(original)
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's. Where all parts are in this mode none is set anew: trainers ask in every step."""
+        return self if all(part.training is mode for part in self.modules()) else super().train(mode)
 
     @classmethod
     def from_pretrained(

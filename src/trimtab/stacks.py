@@ -44,6 +44,7 @@ class Stacks:
         exact = torch.promote_types(x.dtype, torch.float32)
         self.scales = self._of_blocks(torch.tensor(scales, dtype=exact, device=x.device).view(-1, 1, 1))
         self._watched = [] if fixed else [part for pair in pairs for part in pair if not part.is_inference()]
+        self._used: int | None = None  # the version that was used last
         self._made: tuple[int, Made] | None = None
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,21 +57,25 @@ class Stacks:
         return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype)).mT
 
     def kept(self, dtype: torch.dtype) -> Made:
-        """A (n, rank, i), B^T (n, rank, o) and s, made once, until somebody changes a pair.
+        """A (n, rank, i), B^T (n, rank, o) and s: kept from the second use on, until somebody changes a pair.
 
-        Used again, B^T lies as products of few rows read it fastest, and s is in it: there is none beside it.
+        Then B^T lies as products of few rows read it fastest, and s is in it: there is none beside it. What is used
+        once is not kept: memory that is free again at once serves the next layer while it is in the cache.
         """
         version = sum(map(VERSION, self._watched))  # none ever goes down
         if self._made is None or self._made[0] != version:
-            self._made = version, (*self.stacked(dtype), self.scales)
-        elif (scales := self._made[1][2]) is not None:
-            A, B, _ = self._made[1]
-            self._made = version, (A, (B.contiguous() * scales).to(dtype), None)
+            A, B = self.stacked(dtype)
+            made: Made = A, B, self.scales
+            if self._used == version:
+                made = A, (B.contiguous() * self.scales).to(dtype), None
+                self._made = version, made
+            self._used = version
+            return made
         return self._made[1]
 
     def forget(self) -> None:
         """What is kept."""
-        self._made = None
+        self._used = self._made = None
 
     def _of_blocks(self, stack: Tensor) -> Tensor:
         return stack if self.slots is None else stack[self.slots]
