@@ -41,9 +41,12 @@ bench: bench-speed bench-many
 bench-speed: $(STAMP)
 	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ROWS)
 
+# glibc else gives freed memory back to the system or not by how blocks happen to lie: up to a fifth of a small step.
+STEADY := MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=32000000
+
 # Mixed batches and packed training. About 10 minutes. MANY: settings, such as MANY='--rounds 3'.
 bench-many: $(STAMP)
-	@$(RUN) $(BIN)/python benchmarks/many.py $(MANY)
+	@$(RUN) $(STEADY) $(BIN)/python benchmarks/many.py $(MANY)
 
 # SST2: a folder with train.jsonl.gz and dev.jsonl.gz, of lines {"text": "...", "label": 0 or 1}. About 40 minutes.
 bench-methods: $(STAMP)

@@ -5,7 +5,7 @@ n: blocks of equally many rows, each of one adapter; N = batch x length, i and o
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +48,13 @@ class Stacks:
         self._made: tuple[int, Made] | None = None
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A (n, rank, i) and B^T (n, rank, o) of the blocks."""
+        """A (n, rank, i) and B (n, o, rank) of the blocks. Gradients go to the pairs, to each those of its blocks."""
         As, Bs = [A for A, _ in self.pairs], [B for _, B in self.pairs]
         if not self.even:
             missing = [self.rank - r for r in self.ranks]
             As = [F.pad(A, (0, 0, 0, more)) for A, more in zip(As, missing, strict=True)]
             Bs = [F.pad(B, (0, more)) for B, more in zip(Bs, missing, strict=True)]
-        return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype)).mT
+        return self._of_blocks(torch.stack(As).to(dtype)), self._of_blocks(torch.stack(Bs).to(dtype))
 
     def kept(self, dtype: torch.dtype) -> Made:
         """A (n, rank, i), B^T (n, rank, o) and s: kept from the second use on, until somebody changes a pair.
@@ -65,9 +65,9 @@ class Stacks:
         version = sum(map(VERSION, self._watched))  # none ever goes down
         if self._made is None or self._made[0] != version:
             A, B = self.stacked(dtype)
-            made: Made = A, B, self.scales
+            made: Made = A, B.mT, self.scales
             if self._used == version:
-                made = A, (B.contiguous() * self.scales).to(dtype), None
+                made = A, (B.mT.contiguous() * self.scales).to(dtype), None
                 self._made = version, made
             self._used = version
             return made
@@ -78,21 +78,7 @@ class Stacks:
         self._used = self._made = None
 
     def _of_blocks(self, stack: Tensor) -> Tensor:
-        return stack if self.slots is None else stack[self.slots]
-
-    def of_pairs(self, grads: Tensor) -> Sequence[Tensor]:
-        """For each pair the sum over its blocks."""
-        if self.slots is not None:
-            grads = grads.new_zeros(len(self.pairs), *grads.shape[1:]).index_add_(0, self.slots, grads)
-        return cast(Sequence[Tensor], grads.unbind())
-
-    def grads(self, grad_A: Tensor, grad_B: Tensor) -> list[Tensor]:
-        """Of grad_A (n, rank, i) and grad_B (n, rank, o) those of each A and B in turn, without what fills them up."""
-        As, Bs = self.of_pairs(grad_A), self.of_pairs(grad_B.mT.contiguous())
-        if not self.even:
-            As = [own[:r] for own, r in zip(As, self.ranks, strict=True)]
-            Bs = [own[:, :r] for own, r in zip(Bs, self.ranks, strict=True)]
-        return [part for pair in zip(As, Bs, strict=True) for part in pair]
+        return stack if self.slots is None else stack.index_select(0, self.slots)
 
     def of(self, batch: Tensor) -> Tensor:
         """The blocks in a batch (rows, ..., m): (n, N / n, m)."""
@@ -126,7 +112,7 @@ def plain_products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask
     low = x.new_zeros(*x.shape[:-1], outputs)
     for own in stacks:
         A, B = own.stacked(x.dtype)
-        found = torch.bmm((torch.bmm(own.of(x), A.mT) * own.scales).to(x.dtype), B)
+        found = torch.bmm((torch.bmm(own.of(x), A.mT) * own.scales).to(x.dtype), B.mT)
         if own.rows is None:
             low = low + found.view(low.shape)
         else:
@@ -135,10 +121,10 @@ def plain_products(x: Tensor, stacks: Sequence[Stacks], outputs: int, mask: Mask
 
 
 def _apply_stacks(x: Tensor, W: Tensor | None, y: Tensor, stacks: Sequence[Stacks], mask: Mask | None) -> Tensor:
-    if not torch.is_grad_enabled():  # a function of so many arguments takes longer to call than to compute
+    if not torch.is_grad_enabled():
         _add_all(y, x, stacks, [own.kept(x.dtype) for own in stacks], mask)
         return y
-    parts = [part for own in stacks for pair in own.pairs for part in pair]
+    parts = [part for own in stacks for part in own.stacked(x.dtype)]
     result: Tensor = _LowRanks.apply(x, W, y, stacks, mask, *parts)  # type: ignore[no-untyped-call]
     return result
 
@@ -164,16 +150,17 @@ class _LowRanks(torch.autograd.Function):
         y: Tensor,
         stacks: Sequence[Stacks],
         mask: Mask | None,
-        *parts: Tensor,  # noqa: ARG004 - for their gradients
+        *parts: Tensor,
     ) -> Tensor:
-        made = [(*own.stacked(x.dtype), own.scales) for own in stacks]
+        """parts: A (n, rank, i) and B (n, o, rank) of each stack in turn."""
+        made = [(A, B.mT, own.scales) for own, A, B in zip(stacks, parts[::2], parts[1::2], strict=True)]
         hs = _add_all(y, x, stacks, made, mask)
         ctx.mark_dirty(y)
         ctx.stacks, ctx.mask = stacks, mask
         ctx.size = x.shape
         kept, ctx.input = rebuilt.parts(x) if any(ctx.needs_input_grad[5:]) else ([], None)
         ctx.kept = len(kept)
-        ctx.save_for_backward(W, *kept, *hs, *(A for A, _, _ in made), *(B for _, B, _ in made))
+        ctx.save_for_backward(W, *kept, *hs, *parts)
         return y
 
     @staticmethod
@@ -181,17 +168,17 @@ class _LowRanks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W, *others = ctx.saved_tensors
         kept, others, n = others[: ctx.kept], others[ctx.kept :], len(ctx.stacks)
-        hs, As, Bs = others[:n], others[n : 2 * n], others[2 * n :]
+        hs, As, Bs = others[:n], others[n::2], others[n + 1 :: 2]
         mask = None if ctx.mask is None else ctx.mask()
         gs = [own.of(grad) for own in ctx.stacks]  # (n, N / n, o) each
-        grad_hs = [torch.bmm(g, B.mT).mul_(own.scales) for g, B, own in zip(gs, Bs, ctx.stacks, strict=True)]
+        grad_hs = [torch.bmm(g, B).mul_(own.scales) for g, B, own in zip(gs, Bs, ctx.stacks, strict=True)]
         grads: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 5)
         if any(ctx.needs_input_grad[5:]):
             grads = []
             x = ctx.input(kept)
             dropped = x if mask is None else mask * x
             for own, g, h, grad_h in zip(ctx.stacks, gs, hs, grad_hs, strict=True):
-                grads += own.grads(torch.bmm(grad_h.mT, own.of(dropped)), torch.bmm(h.mT, g))
+                grads += [torch.bmm(grad_h.mT, own.of(dropped)), torch.bmm(g.mT, h)]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad.new_zeros(ctx.size)
