@@ -114,9 +114,10 @@ class RunTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Of what is trained: the plain Trainer goes through all modules of the model in every step."""
-        groups = [] if self.is_fsdp_enabled or self.optimizer is None else self.optimizer.param_groups
-        trained = [value for group in groups for value in group["params"]]
-        return super()._clip_grad_norm(nn.ParameterList(trained) if trained else model)  # type: ignore[no-untyped-call]
+        trained: nn.Module = model
+        if not self.is_fsdp_enabled:  # with it accelerate looks for the model that has them
+            trained = nn.ParameterList(value for group in self.optimizer.param_groups for value in group["params"])
+        return super()._clip_grad_norm(trained)  # type: ignore[no-untyped-call]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
