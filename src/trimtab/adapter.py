@@ -58,9 +58,11 @@ class Adapter(nn.Module):
     takes_means = False  # whether it takes means over the tokens of a row
     dropout: float = 0.0  # probability; 0 where the method has none
     rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
+    folds: tuple[str, ...] = ()  # the parameters of the site that `folded` changes; then it acts by nothing else
+    site: ClassVar[Any] = None  # the kind of sites.AnySite that it asks for, where it is not one of the usual ones
     adjusted: ClassVar[frozenset[str]] = frozenset()  # settings of another one that `state_of` makes up for
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
-    hf_wraps: ClassVar[bool] = True  # HF PEFT puts the site of such an adapter into a `base_layer`
+    hf_wraps: int = 1  # how often HF PEFT puts the site of such an adapter into a `base_layer`
     hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
     hf_computed: ClassVar[tuple[str, ...]] = ()  # the keys of `computed`
     not_merged: ClassVar[str] = "it is no linear map of its input"  # the reason, where `merged` is not given
@@ -104,6 +106,10 @@ class Adapter(nn.Module):
     def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
         """The bias (out,) with this adapter folded in."""
         return bias
+
+    def folded(self, site: nn.Module, name: str, value: Tensor) -> Tensor:
+        """The parameter of this name, one of `folds`, as the site finds it; value: as it was, in its own layout."""
+        raise NotImplementedError
 
     def low_rank(self, site: nn.Module) -> tuple[Tensor, Tensor] | None:
         """B (out, r) and A (r, in * kernel) where `merged` adds exactly their product, else None."""
@@ -193,14 +199,13 @@ class InputAdapter(Adapter):
     """
 
     on_input: ClassVar[bool] = True
-    hf_wraps: ClassVar[bool] = False
+    hf_wraps = 0
     hf_flat: ClassVar[bool] = False  # its keys in HF PEFT's files have no module's name before them
     alone: ClassVar[bool] = False  # only one adapter with such a part can act at a time
     fills_cache: ClassVar[bool] = False  # whether it puts keys and values into the cache, with `fill`
     ahead: int = 0  # how many positions it puts before each row's
     fills_behind: bool = False  # whether rows with fewer of them begin with the others, instead of ending with them
     axis: str = ""  # "decoder_" where those are a decoder's: what the names of the arguments begin with
-    site: ClassVar[Any] = None  # a kind of sites.InputSite, for what is called with more arguments than before
 
     def inputs(self, site: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments in place of `given`. Must return new ones, never change `given` in place."""

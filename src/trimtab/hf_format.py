@@ -48,8 +48,7 @@ def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
     for depth, part in enumerate(parts, 1):
         written.append(part)
         outer = adapters.get(".".join(parts[:depth])) if depth < len(parts) else None
-        if outer is not None and outer.hf_wraps:
-            written.append("base_layer")
+        written += ["base_layer"] * (outer.hf_wraps if outer is not None else 0)
     return ".".join(written)
 
 
@@ -114,8 +113,13 @@ def base_value(key: str, model: nn.Module, root: str) -> Tensor | None:
 
 
 def split(key: str, prefix: str, root: str) -> tuple[str, str]:
-    """A key as (module name, end); the end begins at the part that starts with the method's own prefix."""
-    parts = key.removeprefix(root).replace(".base_layer.", ".").split(".")
+    """A key as (module name, end); the end begins at the part that starts with the method's own prefix.
+
+    What is in the `base_layer` of the module, where one adapter is around another, keeps that in its end.
+    """
+    parts = key.removeprefix(root).split(".")
     own = [place for place, part in enumerate(parts) if prefix and part.startswith(prefix)]
     cut = own[-1] if own else len(parts) - 1
-    return ".".join(parts[:cut]), ".".join(parts[cut:])
+    while own and cut and parts[cut - 1] == "base_layer":
+        cut -= 1
+    return ".".join(part for part in parts[:cut] if part != "base_layer"), ".".join(parts[cut:])

@@ -104,29 +104,33 @@ def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
     adapters = [part for adapter in there for part in adapter.parts()]
     vars(site)["_kept"] = _parts(site)
     replaced = [adapter for adapter in adapters if adapter.replacement is not None]
-    others = [adapter for adapter in adapters if adapter.replacement is None]
+    named = [adapter for adapter in adapters if adapter.folds]
+    others = [adapter for adapter in adapters if adapter.replacement is None and not adapter.folds]
     for adapter in replaced:
         trained = copy.deepcopy(adapter.replacement)
         assert trained is not None
         _put_in(site, trained.to(weights.compute_dtype(site)).requires_grad_(False))
-    if not others:
-        return
-    shape = weights.layout(site)
+    if named:
+        weights.check_whole(site)
+    shape = weights.layout(site) if others else None
     for adapter in others:
         if type(adapter).merged is Adapter.merged:  # asked here too, for sites that have no weight to ask it with
             adapter.merged(site, torch.empty(0))
     bias_name = shape.bias if shape else "bias"
     bias = site._parameters.get(bias_name)
     with torch.no_grad():
+        folded = sites.folded_parameters(site, named)
         weight = sites.folded_weight(site, others) if shape else None
         new_bias = sites.fold_bias(site, bias, others)
-    for value in (weight, new_bias):
+    for value in (*folded.values(), weight, new_bias):
         if safe and value is not None and not value.isfinite().all():
             raise MergeError("the merged weight would not be finite. The adapter is broken; nothing was changed.")
     if weight is not None:
         weights.write(site, weight)
     if new_bias is not None and new_bias is not bias:
-        site._parameters[bias_name] = nn.Parameter(new_bias, requires_grad=False)
+        folded[bias_name] = new_bias
+    for name, value in folded.items():
+        site._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 def _tie_again(folded: Iterable[AnySite]) -> None:

@@ -23,6 +23,7 @@ from torch.optim import AdamW, Optimizer
 from .attach import trunk
 from .errors import ConfigError
 from .methods.lora import LoraAdapter, LoraConfig
+from .methods.lora_parameters import Pair
 
 DAMPING = 1e-8  # as in HF PEFT
 EMBEDDING_LR = 1e-6  # of LoRA at embeddings, as in HF PEFT
@@ -68,9 +69,9 @@ def loraplus_rates(model: nn.Module, ratio: float, embedding: float) -> dict[nn.
     found = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            lora = isinstance(module, LoraAdapter)
-            faster = (lora and parameter is module.B) or parameter.ndim == 1
-            found[parameter] = embedding if lora and module.embeds else ratio if faster else 1.0
+            faster = (isinstance(module, LoraAdapter | Pair) and parameter is module.B) or parameter.ndim == 1
+            embeds = isinstance(module, LoraAdapter) and module.embeds
+            found[parameter] = embedding if embeds else ratio if faster else 1.0
     return found
 
 
@@ -138,8 +139,8 @@ def create_lorafa_optimizer(
     Raises:
         ConfigError: no LoRA trains; one with other settings; or one that is not y = W x + s B A x at one place.
     """
-    pairs = _trained(model)
-    if not pairs:
+    found = _trained(model)
+    if not found:
         raise ConfigError("LoRA-FA trains LoRA's B, and none trains here. Attach a LoraConfig first.")
     own = trunk(model)
     for config in (own.configs[name] for name in own.active.names):
@@ -147,16 +148,21 @@ def create_lorafa_optimizer(
             for setting, said in {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora}.items():
                 if said is not None and said != (there := getattr(config, setting)):
                     raise ConfigError(f"{setting}={said!r}, but the adapter has {there!r}.")
+    pairs = [adapter for adapter in found if isinstance(adapter, LoraAdapter) and _is_plain(adapter)]
+    if len(pairs) < len(found):
+        raise ConfigError("LoRA-FA's gradient is that of a plain product B A with A at random: not of DoRA, of an "
+                          "embedding, where A starts at zero, of a grouped convolution, or of experts. Leave those "
+                          "out, or use a plain optimizer.")  # fmt: skip
     for adapter in pairs:
-        if adapter.magnitude is not None or adapter.embeds or adapter.B.shape[1] != len(adapter.A):
-            raise ConfigError("LoRA-FA's gradient is that of a plain product B A with A at random: not of DoRA, of an "
-                              "embedding, where A starts at zero, or of a grouped convolution. Leave those out, or use "
-                              "a plain optimizer.")  # fmt: skip
         adapter.A.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return LoraFAOptimizer(trained, pairs, lr=lr, weight_decay=weight_decay, eps=1e-6)
 
 
-def _trained(model: nn.Module) -> list[LoraAdapter]:
-    found = [module for module in model.modules() if isinstance(module, LoraAdapter)]
+def _is_plain(adapter: LoraAdapter) -> bool:
+    return adapter.magnitude is None and not adapter.embeds and adapter.B.shape[1] == len(adapter.A)
+
+
+def _trained(model: nn.Module) -> list[LoraAdapter | Pair]:
+    found = [module for module in model.modules() if isinstance(module, LoraAdapter | Pair)]
     return [adapter for adapter in found if adapter.B.requires_grad]

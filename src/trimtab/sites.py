@@ -273,6 +273,26 @@ class ReadSite(AnySite):
         }
 
 
+class ParameterSite(AnySite):
+    """A module with parameters of its own, whatever it does with them: reading them gives what its adapters make of
+    them (`folds`), while it is called the same each time.
+    """
+
+    def __getattr__(self, name: str) -> Any:  # nn.Module's way to find its parameters
+        if name in vars(self).get("_parameters", ()) and "_active" in vars(self):
+            return folded_parameters(self, self.acting(), name).get(name, self._parameters[name])
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        folded = folded_parameters(self, self.acting())
+        vars(self).update(folded)  # found before `__getattr__` is asked
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in folded:
+                del vars(self)[name]
+
+
 class FrozenStatistics(Swapped, nn.Module):
     """A norm of the base that counts means and variances in training: there too it takes those that it has.
 
@@ -322,6 +342,15 @@ def folded_weight(site: nn.Module, adapters: list[Adapter]) -> Tensor:
     for adapter in adapters:
         weight = adapter.merged(site, weight.to(weights.master_dtype(dtype)))
     return weight.to(dtype)
+
+
+def folded_parameters(site: nn.Module, adapters: list[Adapter], only: str | None = None) -> dict[str, Tensor]:
+    """The parameters that these adapters change by name, with all of them folded in; or only one of that name."""
+    found: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for name in adapter.folds if only is None else {only}.intersection(adapter.folds):
+            found[name] = adapter.folded(site, name, found.get(name, cast(Tensor, site._parameters[name])))
+    return found
 
 
 def is_read(module: nn.Module, parent: nn.Module | None) -> bool:
@@ -392,11 +421,10 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
 def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":
     """Put an adapter at a module, making a site of it where it is none yet."""
     for part in adapter.parts():
-        mixin: type[AnySite] = ReadSite if is_read(module, parent) else Site
-        if isinstance(part, InputAdapter):
-            mixin = part.site or InputSite
-            if not isinstance(module, mixin):
-                swap_out(module, InputSite)  # two of them would call the adapters twice
+        usual = InputSite if isinstance(part, InputAdapter) else ReadSite if is_read(module, parent) else Site
+        mixin: type[AnySite] = part.site or usual
+        if isinstance(part, InputAdapter) and not isinstance(module, mixin):
+            swap_out(module, InputSite)  # two of them would call the adapters twice
         if not isinstance(module, mixin):
             swap_in(module, mixin)
     assert isinstance(module, AnySite)

@@ -3,7 +3,7 @@
 import inspect
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 from pydantic import field_validator
@@ -37,7 +37,7 @@ ATTENTION = (
 
 
 class PartialTargetWarning(UserWarning):
-    """Some entries of a list match nothing in this model: fine in a script that serves many architectures."""
+    """Targets are less than they may seem: entries of a list that match nothing, or experts beside "all-linear"."""
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -59,6 +59,17 @@ def adaptable(model: nn.Module) -> dict[str, weights.Layout]:
     """Every layer that adapters fit on, with the shape of its weight."""
     shapes = ((name, weights.layout(module)) for name, module in base_modules(model))
     return {name: shape for name, shape in shapes if shape is not None}
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """The parameters that hold matrices of several experts, one behind the other; they are no layers."""
+    return [
+        f"{path}.{name}"
+        for path, module in base_modules(model)
+        for name, value in module._parameters.items()
+        if "expert" in f"{path}.{type(module).__name__}".lower()
+        if value is not None and value.dim() == 3 and len(value) > 1
+    ]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -112,7 +123,7 @@ class SavedModulesConfig(PeftConfig):
         if not self.modules_to_save:
             return {}
         # HF PEFT's rule is looser here: all names with this ending, so "norm" also means input_layernorm.
-        names = _select(self.modules_to_save, modules, "modules_to_save", model, lambda end, name: name.endswith(end))
+        names = select(self.modules_to_save, modules, "modules_to_save", model, lambda end, name: name.endswith(end))
         outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
         return {name: modules[name] for name in outer}
 
@@ -169,14 +180,13 @@ class TargetConfig(SavedModulesConfig):
         """
         assert self.target_modules is not None, "resolve the config first"
         modules = dict(base_modules(model))
-        found = _with_projections(_select(self.target_modules, modules, "target_modules", model), modules)
+        found = _with_projections(select(self.target_modules, modules, "target_modules", model), modules)
         saved = list(self._saved(modules, model))
         found = [name for name in found if not any(name == top or name.startswith(f"{top}.") for top in saved)]
         if self.exclude_modules:
-            excluded = _select(self.exclude_modules, modules, "exclude_modules", model)
+            excluded = select(self.exclude_modules, modules, "exclude_modules", model)
             found = [name for name in found if name not in excluded]
-        if self.layers_to_transform is not None:
-            found = self._in_layers(found, self.layers_to_transform)
+        found = self.in_layers(found)
         if not found:
             raise TargetError("After exclude_modules and modules_to_save no target is left; loosen one of them.")
         for name in found:
@@ -214,10 +224,20 @@ class TargetConfig(SavedModulesConfig):
         found = [name for name in found if not any(f".{entry}." in f".{name}." for entry in saved)]
         if not found:
             raise TargetError(f"{type(model).__name__} has no linear layer for target_modules='{ALL_LINEAR}'.")
+        if (experts := expert_parameters(model)) and not getattr(self, "target_parameters", None):
+            ends = sorted({name.rpartition(".")[2] for name in experts})
+            warn(
+                f"Experts of {type(model).__name__} are parameters, no layers: '{ALL_LINEAR}' leaves out {experts[0]} "
+                f"and its like. LoRA reaches them with target_parameters={ends}.",
+                PartialTargetWarning,
+            )
         return found
 
-    def _in_layers(self, found: list[str], wanted: list[int] | int) -> list[str]:
-        wanted = [wanted] if isinstance(wanted, int) else wanted
+    def in_layers(self, found: list[str]) -> list[str]:
+        """Of these names those in `layers_to_transform`, or all where that is not set."""
+        if self.layers_to_transform is None:
+            return found
+        wanted = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         counted = rf"(?:^|.*?\.)(?:{'|'.join(patterns)})\.(\d+)\." if patterns else r"(?:.*?\.)?[^.]*\.(\d+)\."
         number = {name: int(hit[1]) for name in found if (hit := re.match(counted, name))}
@@ -272,37 +292,44 @@ def _with_projections(found: list[str], modules: dict[str, nn.Module]) -> list[s
     return list(dict.fromkeys(part for name in found for part in parts.get(name, (name,))))
 
 
-def _select(
+def select(
     wanted: list[str] | str,
-    modules: dict[str, nn.Module],
+    named: Mapping[str, nn.Module | None],
     setting: str,
     model: nn.Module,
     alike: Callable[[str, str], bool] = matches,
+    what: str = "module",
 ) -> list[str]:
-    """The names a setting means, in the model's order."""
+    """The names a setting means, in the model's order.
+
+    Args:
+        named: all that there are, of modules with the module, which says whether to offer it to who mistypes.
+        what: they are names of.
+    """
     if isinstance(wanted, str):
         try:
-            found = [name for name in modules if means(wanted, name)]
+            found = [name for name in named if means(wanted, name)]
         except re.error as error:
             raise ConfigError(f"{setting}={wanted!r} is no regular expression: {error}.") from None
         unmatched = [] if found else [wanted]
     else:
-        found = [name for name in modules if any(alike(entry, name) for entry in wanted)]
+        found = [name for name in named if any(alike(entry, name) for entry in wanted)]
         unmatched = [entry for entry in wanted if not any(alike(entry, name) for name in found)]
-    hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, modules)))
+    hints = list(dict.fromkeys(hint for entry in unmatched for hint in _suggest(entry, named)))
     offer = f" Closest: {', '.join(hints)}." if hints else ""
     if not found:
         raise TargetError(
-            f"{setting}={wanted!r} matches no module of {type(model).__name__}.{offer} "
+            f"{setting}={wanted!r} matches no {what} of {type(model).__name__}.{offer} "
             "The command `trimtab targets MODEL` lists what there is."
         )
     if unmatched:
-        warn(f"{setting}: {unmatched} match no module of {type(model).__name__}.{offer}", PartialTargetWarning)
+        warn(f"{setting}: {unmatched} match no {what} of {type(model).__name__}.{offer}", PartialTargetWarning)
     return found
 
 
-def _suggest(entry: str, modules: dict[str, nn.Module]) -> list[str]:
-    ends = dict.fromkeys(name.rsplit(".", 1)[-1] for name, module in modules.items() if weights.layout(module))
+def _suggest(entry: str, named: Mapping[str, nn.Module | None]) -> list[str]:
+    offered = (name for name, module in named.items() if module is None or weights.layout(module))
+    ends = dict.fromkeys(name.rsplit(".", 1)[-1] for name in offered)
     return closest(entry.rsplit(".", 1)[-1], (end for end in ends if not end.isdigit()))
 
 

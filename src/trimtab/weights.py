@@ -138,10 +138,7 @@ def read(module: nn.Module) -> Tensor:
     weight = module._parameters.get(shape.weight if shape else "weight")
     if weight is None:
         raise MergeError(f"The weight of {type(module).__name__} cannot be read: it is stored in an unknown format.")
-    if is_sharded(module):
-        raise MergeError(f"The weight of {type(module).__name__} is sharded. Save the adapter and merge it unsharded.")
-    if is_offloaded(module):
-        raise MergeError(f"The weight of {type(module).__name__} is offloaded. Load the model whole to merge into it.")
+    check_whole(module)
     kind, dense = type(weight), cast(Tensor, weight)
     if kind in (nn.Parameter, Tensor):
         pass  # first: torch.compile cannot look at their module's name
@@ -152,6 +149,14 @@ def read(module: nn.Module) -> Tensor:
     elif kind.__module__.startswith("torchao"):
         dense = weight.dequantize()
     return dense.T if shape and shape.transposed else dense
+
+
+def check_whole(module: nn.Module) -> None:
+    """Raise a MergeError where a weight is not all here."""
+    if is_sharded(module):
+        raise MergeError(f"The weight of {type(module).__name__} is sharded. Save the adapter and merge it unsharded.")
+    if is_offloaded(module):
+        raise MergeError(f"The weight of {type(module).__name__} is offloaded. Load the model whole to merge into it.")
 
 
 def write(module: nn.Module, weight: Tensor) -> None:

@@ -15,7 +15,7 @@ def targets(model: Annotated[str, typer.Argument(help="A model's folder, or its 
     quiet()
     from ..outline import fold, outline, usual_ends
     from ..report import columns
-    from ..targets import adaptable
+    from ..targets import adaptable, expert_parameters
 
     found = outline(model)
     modules = dict(found.named_modules())
@@ -27,3 +27,8 @@ def targets(model: Annotated[str, typer.Argument(help="A model's folder, or its 
     print(columns([(line.name, line.what, f"x{line.count}") for line in fold(shown)]))
     print(f"\ntarget_modules: [{', '.join(usual_ends(found))}]")
     print("An entry means every layer whose name ends in it; all-linear means every linear layer but the head.")
+    if experts := expert_parameters(found):
+        shapes = {name: " x ".join(map(str, found.get_parameter(name).shape)) for name in experts}
+        print("\nParameters that are no layers, of experts:\n")
+        print(columns([(line.name, line.what, f"x{line.count}") for line in fold(shapes)]))
+        print(f"\ntarget_parameters: [{', '.join(sorted({name.rpartition('.')[2] for name in experts}))}]")

@@ -37,7 +37,7 @@ class TrainedBias(nn.Module):
 class BiasAdapter(Adapter):
     """The trained bias of a module that has nothing else to adapt."""
 
-    hf_wraps = False
+    hf_wraps = 0
 
     def __init__(self, site: nn.Module) -> None:
         super().__init__()

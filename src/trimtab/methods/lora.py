@@ -6,6 +6,7 @@ is a convolution with the site's kernel, stride and padding to r channels and B 
 V rows is the linear map of one-hot vectors, so A is (r, V).
 
     use_dora        y = g (W x + s B A x) + b,  g = m / ||W + s B A||, row by row, m trained      (dora.py)
+    target_parameters   W + s B A of tensors that are no layer's weight, such as experts  (lora_parameters.py)
     pissa, olora    y = W x + s (B A - B0 A0) x,  B0 A0 from the SVD or QR of W, B A from there   (lora_init.py)
 
 Where an nn.MultiheadAttention is a target, its output projection is one too, and there s is doubled: HF PEFT adds that
@@ -43,6 +44,7 @@ from .lora_init import (
     orthogonal_,
     part,
 )
+from .lora_parameters import parameter_adapters
 from .trainable_tokens import token_adapters
 
 
@@ -215,6 +217,8 @@ class LoraConfig(TargetConfig):
     randomised SVD), "olora"; or of methods/lora_data.py: "eva" (eva_config), "corda" (corda_config), "lora_ga"
     (lora_ga_config), "loftq", each with a function to call.
     alora_invocation_tokens: act only from these tokens on (methods/alora.py).
+    target_parameters: parameters to adapt that are no layer's weight, such as the experts of a mixture, by their full
+    name or its last parts (methods/lora_parameters.py); where target_modules is None these alone are adapted.
     share_across_layers: one A and B for all layers, saved once (HF PEFT cannot read that). fan_in_fan_out is set by
     itself: the layer tells how it stores its weight.
     """
@@ -242,8 +246,7 @@ class LoraConfig(TargetConfig):
         "arrow_config": None, "ensure_weight_tying": False,
         "kasa_config": None, "layer_replication": None, "loftq_config": {}, "lora_bias": False,
         "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None,
-        "qalora_group_size": 16, "target_parameters": None, "use_bdlora": None,
-        "use_qalora": False, "velora_config": None,
+        "qalora_group_size": 16, "use_bdlora": None, "use_qalora": False, "velora_config": None,
     }  # fmt: skip
 
     r: int = Field(default=8, ge=1)
@@ -257,6 +260,7 @@ class LoraConfig(TargetConfig):
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
     share_across_layers: bool | None = None
+    target_parameters: list[str] | None = Field(default=None, min_length=1)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     alora_invocation_tokens: list[int] | None = Field(default=None, min_length=1)
     eva_config: EvaConfig | None = None
@@ -277,9 +281,14 @@ class LoraConfig(TargetConfig):
         return self.alora_invocation_tokens is not None
 
     def resolved(self, model: nn.Module) -> "LoraConfig":
-        config = super().resolved(model)
+        alone = self.target_parameters is not None and self.target_modules is None
+        given = self.model_copy(update={"target_modules": []}) if alone else self
+        config = super(LoraConfig, given).resolved(model)
         fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
         return config.model_copy(update={"fan_in_fan_out": fan})
+
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {} if self.target_parameters and not self.target_modules else super().find(model)
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         made = super().adapters(model)
@@ -288,6 +297,10 @@ class LoraConfig(TargetConfig):
         for target, (name, adapter) in zip(targets, lora.items(), strict=True):
             if target != name:  # an attention's output projection
                 adapter.scale *= 2
+        if self.target_parameters:
+            whole = parameter_adapters(model, self, made)
+            targets += [f"{name}.{parameter}" for name, adapter in whole.items() for parameter in adapter.folds]
+            made |= whole
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
         if self.share_across_layers:

@@ -1,0 +1,129 @@
+"""LoRA on parameters that are no layer's weight, such as the experts of a mixture, which are one tensor:
+
+    W_e' = W_e + s B_e A_e,    W (E, out, in), or (E, in, out) where the module says `is_transposed`; a matrix has E = 1
+
+A_e (r, in) and B_e (out, r) are one pair for each expert. They are kept as HF PEFT has them: A is (E r, in), expert
+after expert, and B (out, r E), in which the expert is what changes fastest. The module finds W' in the place of W, so
+each call computes W' as a whole, and dropout, which belongs to the input of A, cannot act.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import weights
+from ..adapter import Adapter
+from ..errors import ConfigError, TargetError
+from ..sites import ParameterSite
+from ..targets import base_modules, select
+
+if TYPE_CHECKING:
+    from .lora import LoraConfig
+
+
+class Pair(nn.Module):
+    """A (E r, in) and B (out, r E) of one parameter."""
+
+    def __init__(self, site: nn.Module, name: str, r: int, scale: float, init: bool | str) -> None:
+        super().__init__()
+        self.name, self.scale = name, scale
+        self.turned = getattr(site, "is_transposed", False) and _stored(site, name).dim() == 3
+        self.experts, out, into = self.seen(_stored(site, name)).shape
+        self.rank = r, min(out, into)
+        self.A = weights.new_parameter(site, self.experts * r, into)
+        self.B = weights.new_parameter(site, out, r * self.experts)
+        if init == "gaussian":
+            nn.init.normal_(self.A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        if init is False:  # no identity: for tests, and for those who load weights anyway
+            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.B)
+
+    def seen(self, value: Tensor) -> Tensor:
+        """The parameter as (E, out, in)."""
+        value = value if value.dim() == 3 else value[None]
+        return value.mT if self.turned else value
+
+    def fold(self, value: Tensor) -> Tensor:
+        A = self.A.view(self.experts, -1, self.A.shape[1]).to(value.dtype)  # (E, r, in)
+        B = self.B.view(len(self.B), -1, self.experts).permute(2, 0, 1).to(value.dtype)  # (E, out, r)
+        folded = torch.baddbmm(self.seen(value), B, A, alpha=self.scale)
+        return (folded.mT if self.turned else folded).view(value.shape)
+
+
+class ParametersAdapter(Adapter):
+    """The pairs of all parameters of one module that are targets, in the module's own order."""
+
+    not_merged: ClassVar[str] = "it changes parameters by name, which are no layer's weight"
+    site = ParameterSite
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(pairs)
+        self.folds = tuple(pair.name for pair in pairs)
+        self.hf_wraps = len(pairs)  # HF PEFT puts one around the other, the last one outermost
+        self.rank = max((pair.rank for pair in pairs), key=lambda rank: rank[0] - rank[1])
+
+    def folded(self, site: nn.Module, name: str, value: Tensor) -> Tensor:
+        pair: Any = self.pairs[self.folds.index(name)]
+        found: Tensor = pair.fold(value)
+        return found
+
+    def hf_key(self, name: str) -> str:
+        _, number, letter = name.split(".")
+        return "base_layer." * (len(self.folds) - 1 - int(number)) + f"lora_{letter}.weight"
+
+
+def parameter_adapters(model: nn.Module, config: "LoraConfig", made: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Adapters for target_parameters, by module name. made: those that the config has for modules.
+
+    Raises:
+        ConfigError: a setting that needs the input of A, or the weight of a layer.
+        TargetError: an entry that matches nothing, or a parameter that this cannot act on.
+    """
+    _check_settings(config)
+    modules = dict(base_modules(model))
+    named = dict.fromkeys(f"{path}.{name}" for path, module in modules.items() for name in module._parameters)
+    assert config.target_parameters is not None
+    meant = select(config.target_parameters, named, "target_parameters", model, what="parameter")
+    found: dict[str, list[Pair]] = {}
+    for full in config.in_layers(meant):
+        path, _, name = full.rpartition(".")
+        _check_parameter(full, modules[path], name, path in made)
+        r, scale = config.rank_and_scale(full)
+        found.setdefault(path, []).append(Pair(modules[path], name, r, scale, config.init_lora_weights))
+    return {path: ParametersAdapter(pairs) for path, pairs in found.items()}
+
+
+def _check_settings(config: "LoraConfig") -> None:
+    usual = {"lora_dropout": 0, "use_dora": False, "alora_invocation_tokens": None}
+    wrong = [name for name, value in usual.items() if getattr(config, name) != value]
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        wrong.append("init_lora_weights")
+    if wrong:
+        raise ConfigError(
+            f"{wrong[0]}={getattr(config, wrong[0])!r} acts on the input or the output of a layer, which the module of "
+            "a parameter does not have: it cannot go with target_parameters."
+        )
+
+
+def _check_parameter(full: str, module: nn.Module, name: str, taken: bool) -> None:
+    value = module._parameters[name]
+    if taken:
+        raise TargetError(f"{full}: its module is adapted or saved whole already. Leave it out of one of them.")
+    if isinstance(module, nn.RNNBase):
+        raise TargetError(f"{full}: a {type(module).__name__} does not look its parameters up by name.")
+    if value is None or value.dim() not in (2, 3) or not value.is_floating_point() or value.itemsize < 2:
+        what = "not there" if value is None else f"{tuple(value.shape)} of {value.dtype}"
+        raise TargetError(f"{full} is {what}. LoRA's product is added to matrices of floating-point numbers.")
+
+
+def _stored(site: nn.Module, name: str) -> Tensor:
+    value = site._parameters[name]
+    assert value is not None
+    return value
