@@ -53,6 +53,7 @@ from trimtab import (
     VeraConfig,
     get_peft_model,
     sites,
+    swap,
 )
 
 
@@ -122,6 +123,11 @@ ALL_SMALL_CONFIGS = [
     lora("lora-bert", models.bert, target_modules="all-linear", task_type="SEQ_CLS",
          skips={"nest": "two trained copies of one head cannot act together; they are refused"}),
     lora("lora-vit", models.vit, target_modules=["q_proj", "projection"]),
+    lora("lora-mixtral", models.mixtral, target_modules=["q_proj"], rank_pattern={"down_proj": 3},
+         target_parameters=["experts.gate_up_proj", "experts.down_proj", "gate.weight"], skips=COARSE),
+    lora("lora-experts", models.experts, target_modules=["1"], target_parameters=["up", "down", "mixed"]),
+    lora("lora-experts-transposed", partial(models.experts, True), target_modules=["inner"], bias="all",
+         target_parameters=["up"]),
     lora("lora-embeddings", models.embeddings, target_modules=["token", "position", "inner"]),
     lora("lora-convolutions", models.convolutions, target_modules=["volume", "plane", "line", "same"]),
     lora("lora-groups", lambda: models.convolutions(groups=2), target_modules=["plane", "line"],
@@ -646,7 +652,7 @@ def two_active_adapters_nest(case: Case) -> None:
         rest = args[1:]
 
         def f(x: Any, site: Any = site, rest: Any = rest, kwargs: Any = kwargs, keyword: Any = keyword) -> Any:
-            original = sites.lineage(type(site))[1].forward
+            original = swap.lineage(type(site))[1].forward
             return original(site, **{keyword: x}, **kwargs) if keyword else original(site, x, *rest, **kwargs)
 
         def nested(x: Any, outer: list[Any], f: Any = f, site: Any = site) -> Any:

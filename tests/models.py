@@ -63,6 +63,56 @@ def llama(**settings: Any) -> Tiny:
     return Tiny(LlamaForCausalLM(config).eval(), {"input_ids": ids()})
 
 
+def mixtral(**settings: Any) -> Tiny:
+    """A mixture of four experts, two for each token: matrices (expert, out, in), and a router's (expert, in)."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return Tiny(MixtralForCausalLM(MixtralConfig(**MIXTURE, **settings)).eval(), {"input_ids": ids()})
+
+
+def gpt_oss(**settings: Any) -> Tiny:
+    """As Mixtral, but for matrices (expert, in, out), which have biases."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    return Tiny(GptOssForCausalLM(GptOssConfig(**MIXTURE, head_dim=8, **settings)).eval(), {"input_ids": ids()})
+
+
+MIXTURE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+class Experts(nn.Module):
+    """All experts see all tokens: matrices of an odd number of experts, not square, (E, out, in) or (E, in, out)."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn(3, 7, 5))
+        self.down = nn.Parameter(torch.randn(3, 5, 7))
+        if is_transposed:
+            self.up.data, self.down.data = self.up.data.mT.contiguous(), self.down.data.mT.contiguous()
+        self.mixed = nn.Parameter(torch.randn(4, 5))
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = 0
+        for expert in range(3):
+            up, down = self.up[expert], self.down[expert]
+            up, down = (up.T, down.T) if self.is_transposed else (up, down)
+            found = found + torch.tanh(x @ up.T) @ down.T
+        return self.inner(found) @ self.mixed.T
+
+
+def experts(is_transposed: bool = False) -> Tiny:
+    torch.manual_seed(0)
+    return Tiny(nn.Sequential(Experts(is_transposed), nn.Linear(4, 3)).eval(), {"input": torch.randn(2, 6, 5)})
+
+
 def bert(**settings: Any) -> Tiny:
     """A sequence classifier with 3 labels."""
     from transformers import BertConfig, BertForSequenceClassification

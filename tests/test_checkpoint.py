@@ -402,7 +402,6 @@ def test_a_config_that_is_not_text(folder: Path) -> None:
 
 HF_ONLY = {
     "lora_bias": True, "use_qalora": True, "ensure_weight_tying": True, "layer_replication": [[0, 2]],
-    "target_parameters": ["experts.weight"],
     "loftq_config": {"loftq_bits": 4}, "megatron_config": {},
     "arrow_config": {}, "use_bdlora": {}, "kasa_config": {}, "velora_config": {}, "monteclora_config": {},
     "qalora_group_size": 32, "megatron_core": "other.core",

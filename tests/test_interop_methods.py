@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,15 @@ def pixels() -> Tiny:
     return Tiny(Pixels().eval(), {"x": torch.randn(2, 4, 9, 9)})
 
 
-TINY = {**models.TRANSFORMERS, **models.PLAIN, "pixels": pixels}
+TINY = {
+    **models.TRANSFORMERS,
+    **models.PLAIN,
+    "pixels": pixels,
+    "mixtral": models.mixtral,
+    "gpt_oss": models.gpt_oss,
+    "experts": models.experts,
+    "transposed": partial(models.experts, True),
+}
 ATTENTION = {
     "llama": ["q_proj", "v_proj", "down_proj"],
     "bert": ["query", "value", "output.dense"],
@@ -80,6 +89,17 @@ CASES = [
     *rows("Lora", ["llama"], r=2, lora_alpha=6, init_lora_weights="pissa", use_dora=True),
     *rows("Lora", ["llama", "bert", "opt", "vit"], r=2, lora_alpha=3, init_lora_weights="olora"),
     *rows("Lora", ["bert"], r=2, lora_alpha=6, init_lora_weights="orthogonal"),
+    *rows(
+        "Lora",
+        ["mixtral", "gpt_oss"],
+        r=2,
+        lora_alpha=5,
+        target_modules=["q_proj"],
+        rank_pattern={"down_proj": 3},
+        target_parameters=lambda name: ["gate_up_proj", "down_proj", "gate.weight"][: 3 if name == "mixtral" else 2],
+    ),
+    *rows("Lora", ["experts", "transposed"], r=2, target_modules=["inner"], target_parameters=["up", "down"]),
+    *rows("Lora", ["mixtral"], r=2, use_rslora=True, target_modules=[], target_parameters=["experts.down_proj"]),
     *rows("Vera", r=5, projection_prng_key=0),
     *rows("Vera", ["llama"], r=5, projection_prng_key=3, save_projection=False),
     *rows("Vera", ["bert", "opt"], r=3, bias="vera_only", d_initial=0.5),

@@ -16,7 +16,7 @@ SOURCE = Path(trimtab.__file__).parent
 # From the bottom up. A module imports only from lines above its own; modules on one line do not know each other.
 # A folder is one entry: what happens inside it only has to be free of cycles.
 LAYERS = [
-    {"errors", "rebuilt", "watch"},
+    {"errors", "rebuilt", "swap", "watch"},
     {"files", "weights", "recipe_file", "rows", "stacks"},
     {"row_inputs"},
     {"adapter"},

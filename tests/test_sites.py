@@ -12,7 +12,7 @@ from battery import close, far, run, same_bits
 from models import Tiny, randomise
 from torch import Tensor, nn
 
-from trimtab import LoraConfig, TargetError, get_peft_model, sites
+from trimtab import LoraConfig, TargetError, get_peft_model, sites, swap
 from trimtab.adapter import Adapter, TrainedCopy
 
 TRANSFORMERS = pytest.mark.parametrize("build", models.TRANSFORMERS.values(), ids=models.TRANSFORMERS)
@@ -151,19 +151,19 @@ def test_a_single_site_copies_and_pickles() -> None:
 
 
 def test_taking_one_mixin_out_of_two_keeps_the_other() -> None:
-    class Inner(sites.Swapped, nn.Module):
+    class Inner(swap.Swapped, nn.Module):
         pass
 
-    class Outer(sites.Swapped, nn.Module):
+    class Outer(swap.Swapped, nn.Module):
         pass
 
     layer = nn.Linear(2, 2)
-    sites.swap_in(layer, Inner)
-    sites.swap_in(layer, Outer)
-    assert sites.lineage(type(layer)) == ((Inner, Outer), nn.Linear)
-    sites.swap_out(layer, Inner)
-    assert sites.lineage(type(layer)) == ((Outer,), nn.Linear)
-    sites.swap_out(layer, Outer)
+    swap.swap_in(layer, Inner)
+    swap.swap_in(layer, Outer)
+    assert swap.lineage(type(layer)) == ((Inner, Outer), nn.Linear)
+    swap.swap_out(layer, Inner)
+    assert swap.lineage(type(layer)) == ((Outer,), nn.Linear)
+    swap.swap_out(layer, Outer)
     assert type(layer) is nn.Linear
 
 

@@ -103,8 +103,10 @@ def check_name(model: nn.Module, name: str) -> None:
     there = vars(model).get("_trunk")
     if there and name in there.configs:
         raise AdapterError(f"There is an adapter {name!r} already. Delete it first, or choose another name.")
-    if not name or "." in name or "/" in name or hasattr(nn.ModuleDict(), name):
+    if not name or "." in name or "/" in name:
         raise AdapterError(f"{name!r} cannot be an adapter's name: it names a folder and a module, so no '.' or '/'.")
+    if hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"{name!r} cannot be an adapter's name: modules have something else of that name.")
 
 
 def check_known(own: Trunk, names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rebuilt, weights
-from .sites import lineage
+from .swap import lineage
 
 FEW = 2**17  # elements of an input, below which calling a function from Python costs more than it saves
 CARDS = ("cuda",)  # kinds of devices with kernels of their own (triton_kernels.py)

@@ -21,14 +21,15 @@ import torch
 from greenlet import greenlet  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from . import calls, sites, weights
+from . import calls, sites, swap, weights
 from .attach import trunk
 from .calls import Call
 from .draws import OwnDraws, Randomness, State, draws, refuse_unknown
 from .errors import ConfigError
 from .routing import acting
 from .rows import Group, Rows
-from .sites import Active, Swapped
+from .sites import Active
+from .swap import Swapped
 from .targets import is_linear
 
 KEPT = 8  # kinds of batches: by the jobs that are in them, and their numbers of rows and tokens
@@ -264,7 +265,7 @@ class Lockstep:
             if part is apart:
                 continue
             vars(part)["_part"] = Part(job, name)
-            sites.swap_in(part, Meeting)
+            swap.swap_in(part, Meeting)
         if checkpointing is not None:
             self.base.activation_checkpointing_enable(checkpointing)
 

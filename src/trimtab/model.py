@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 
-from . import arithmetic, attach, checkpoint, files, hf_format, learning, merge, sites, weights
+from . import arithmetic, attach, checkpoint, files, hf_format, learning, merge, sites, swap, weights
 from .adapter import PeftConfig
 from .attach import trunk
 from .errors import AdapterError, CheckpointError
@@ -67,14 +67,14 @@ def _named(config: PeftConfig, model: nn.Module) -> PeftConfig:
     if config.base_model_name_or_path is None:
         update["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     if config.task_type is None and config.auto_mapping is None:
-        cls = sites.lineage(type(model))[1]
+        cls = swap.lineage(type(model))[1]
         update["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return config.model_copy(update=update)
 
 
 def _become_peft_model(model: nn.Module) -> None:
     if not isinstance(model, PeftModel):
-        sites.swap_in(model, PeftModel)
+        swap.swap_in(model, PeftModel)
     learning.listen(model)
 
 
@@ -349,7 +349,7 @@ class PeftModel(Routed):
         """Fold adapters in for good and remove them: the plain model with new weights (the same object)."""
         merge.merge_and_detach(self, adapter_names, safe_merge)
         learning.stop(self)
-        sites.swap_out(self, PeftModel)
+        swap.swap_out(self, PeftModel)
         return self
 
     def unload(self) -> nn.Module:
@@ -358,7 +358,7 @@ class PeftModel(Routed):
             merge.unmerge(self)
         attach.detach(self)
         learning.stop(self)
-        sites.swap_out(self, PeftModel)
+        swap.swap_out(self, PeftModel)
         return self
 
     def get_base_model(self) -> nn.Module:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .attach import Trunk, check_known, check_unmerged, trunk
 from .errors import AdapterError
 from .rows import BASE, Rows
-from .sites import Active, Swapped
+from .sites import Active
+from .swap import Swapped
 
 
 class Routed(Swapped, nn.Module):

@@ -230,6 +230,36 @@ class Rows:
             return whole
         return whole[torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=whole.device)]
 
+    def each(self, site: nn.Module, run: Callable[[Group, Any], Any], given: Any) -> Any:
+        """What `run` gives for each group by itself, together; given: tensors of the batch, in containers.
+
+        Rows and their tokens may be one dimension, as they mostly are where experts are chosen.
+        """
+        batch, size = len(self.names), next((len(value) for value in _tensors(given) if value.dim()), 0)
+        times = size // batch
+        if size % batch or (times != 1 and times not in self.tokens):
+            self.check(site, given)
+
+        def own(value: Any, rows: Tensor) -> Any:
+            if not isinstance(value, Tensor):
+                return _zipped(lambda part: own(part, rows), value)
+            if value.dim() == 0 or len(value) != size:
+                return value
+            return value.reshape(batch, times, *value.shape[1:])[rows.to(value.device)].flatten(0, 1)
+
+        def whole(*parts: Any) -> Any:
+            first = parts[0]
+            if not isinstance(first, Tensor):
+                return _zipped(whole, *parts)
+            if first.dim() == 0 or len(first) != times * len(order[0]):
+                self.check(site, first)
+            joined = torch.cat([part.reshape(-1, times, *part.shape[1:]) for part in parts])
+            return joined[torch.cat(order).argsort().to(joined.device)].flatten(0, 1)
+
+        groups = list(self.groups.values())
+        order = [torch.tensor(group.rows) for group in groups]
+        return whole(*(run(group, own(given, rows)) for group, rows in zip(groups, order, strict=True)))
+
     def _has_length(self, value: Tensor) -> bool:
         """Whether the second dimension is the length: of ids (B, T) and features (B, T, n), not of values (B, n)."""
         return value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point())
@@ -284,6 +314,13 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return list(value.values())
     return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    containers = isinstance(value, Mapping | tuple | list)
+    return [found for part in _parts(value) for found in _tensors(part)] if containers else []
 
 
 def _zipped(change: Callable[..., Any], *values: Any) -> Any:

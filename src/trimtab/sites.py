@@ -1,16 +1,8 @@
-"""Class swap: a module of the user's own model becomes a site, and which adapters act there.
-
-A site's class is a generated subclass (Site, OriginalClass), set in place: no module is wrapped, no parameter
-renamed, and `super().forward` runs whatever the layer is. The subclass keeps the original's name and signature,
-because transformers, accelerate and Trainer look at both.
-"""
+"""Sites: modules of the user's own model at which adapters act, by a class swap (swap.py), and which of them act."""
 
 import contextlib
 import copy
-import functools
-import inspect
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -21,6 +13,7 @@ from .adapter import Adapter, InputAdapter
 from .errors import AdapterError, TargetError
 from .row_inputs import around
 from .rows import Group, Rows
+from .swap import FORWARDS, Swapped, is_own, lineage, swap_in, swap_out
 
 
 class Active:
@@ -35,114 +28,11 @@ class Active:
     def only(self, group: Group) -> Iterator[None]:
         """Inside the block the batch has the rows of this group alone."""
         before, self.rows = self.rows, Rows([group.name] * len(group.rows))
+        self.rows.tokens = before.tokens if before is not None else set()
         try:
             yield
         finally:
             self.rows = before
-
-
-class Swapped:
-    """Base of the mixins that generated classes put in front of a module's own class."""
-
-    _original: ClassVar[type[nn.Module]]  # the class to go back to
-    _mixin: ClassVar[type["Swapped"]]
-    more: ClassVar[tuple[str, ...]] = ()  # arguments that forward takes beside those of the module
-    order: ClassVar[int] = 0  # those of a higher one are in front, whichever came first
-
-    @classmethod
-    def namespace(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """What else the generated class holds."""
-        return {}
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Generated classes cannot be found by name: pickle the way to make them again."""
-        reduced = super().__reduce_ex__(max(int(protocol), 2))
-        assert isinstance(reduced, tuple)
-        _, arguments, *state = reduced
-        return _rebuild, (*lineage(arguments[0]), *arguments[1:]), *state
-
-
-def lineage(cls: type) -> tuple[tuple[type[Swapped], ...], type[nn.Module]]:
-    """The mixins swapped into a class, innermost first, and the class it was before."""
-    mixins: tuple[type[Swapped], ...] = ()
-    while issubclass(cls, Swapped) and "_mixin" in vars(cls):
-        mixins, cls = (cls._mixin, *mixins), cls._original
-    return mixins, cls
-
-
-def _rebuild(mixins: tuple[type[Swapped], ...], cls: type, *arguments: Any) -> nn.Module:
-    made = functools.reduce(lambda made, mixin: _generated(mixin, made), mixins, cls)
-    new: nn.Module = made.__new__(made, *arguments)
-    return new
-
-
-_made: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
-
-
-def _generated(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
-    """The class (mixin, original), made once: modules of one class stay of one class."""
-    if (mixin, original) not in _made:
-        _made[mixin, original] = _generate(mixin, original)
-    return _made[mixin, original]
-
-
-def _generate(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
-    copied = ("__module__", "__qualname__", "__doc__")
-    namespace: dict[str, Any] = {name: getattr(original, name) for name in copied}
-    namespace |= {"_mixin": mixin, "_original": original}
-    own = [cls for cls in mixin.__mro__ if issubclass(cls, Swapped) and "forward" in vars(cls)]
-    if own:
-        mixed: Callable[..., Any] = vars(own[0])["forward"]
-
-        @functools.wraps(original.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # Whoever has wrapped this function may call it when the adapters are gone.
-            call = mixed if isinstance(self, mixin) else original.forward
-            return call(self, *args, **kwargs)
-
-        # accelerate unwraps as long as there is something inside, and would go past the adapters.
-        del forward.__wrapped__
-        signature = inspect.signature(original.forward)
-        forward.__signature__ = _with_more(signature, mixin.more)  # type: ignore[attr-defined]
-        namespace |= {"forward": forward, "_arguments": tuple(signature.parameters)[1:]}
-    namespace |= mixin.namespace(original)
-    return types.new_class(original.__name__, (mixin, original), exec_body=lambda body: body.update(namespace))
-
-
-def _with_more(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:
-    """The signature with optional keyword arguments more: `generate` and Trainer pass on what it names."""
-    old = list(signature.parameters.values())
-    new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
-    last = len(old) - (old[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    return signature.replace(parameters=[*old[:last], *new, *old[last:]])
-
-
-def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
-    mixins, original = lineage(type(module))
-    ordered = sorted((*mixins, mixin), key=lambda one: one.order)
-    _change_class(module, functools.reduce(lambda cls, one: _generated(one, cls), ordered, original))
-
-
-def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
-    mixins, original = lineage(type(module))
-    kept = [other for other in mixins if other is not mixin]
-    _change_class(module, functools.reduce(lambda cls, other: _generated(other, cls), kept, original))
-
-
-def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the class also for accelerate's hooks (`device_map`), which keep the bound forward that they found."""
-    bound = [name for name in FORWARDS if _is_own(module, name)]
-    module.__class__ = cls
-    for name in bound:
-        vars(module)[name] = types.MethodType(cls.forward, module)
-
-
-FORWARDS = ("_old_forward", "forward")  # where accelerate keeps it while hooked, and leaves it when unhooked
-
-
-def _is_own(module: nn.Module, name: str) -> bool:
-    """Whether this attribute of the module is the forward of its class, bound."""
-    return getattr(vars(module).get(name), "__func__", None) is type(module).forward
 
 
 class AnySite(Swapped, nn.Module):
@@ -279,18 +169,35 @@ class ParameterSite(AnySite):
     """
 
     def __getattr__(self, name: str) -> Any:  # nn.Module's way to find its parameters
-        if name in vars(self).get("_parameters", ()) and "_active" in vars(self):
-            return folded_parameters(self, self.acting(), name).get(name, self._parameters[name])
+        if "_active" in vars(self) and name in self.folds():
+            return folded_parameters(self, self.acting())[name]
         return super().__getattr__(name)
 
+    def folds(self) -> list[str]:
+        """The names of all that some adapter here changes, active or not."""
+        held = cast(Iterable[Adapter], adapters(self)._modules.values())
+        return [name for adapter in held for part in adapter.parts() for name in part.folds]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        folded = folded_parameters(self, self.acting())
-        vars(self).update(folded)  # found before `__getattr__` is asked
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            for name in folded:
-                del vars(self)[name]
+        rows, held, call = self._active.rows, adapters(self)._modules, super().forward
+
+        def run(acting: list[Adapter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            folded = folded_parameters(self, acting)
+            vars(self).update(folded)  # found before `__getattr__` is asked
+            try:
+                return call(*args, **kwargs)
+            finally:
+                for name in folded:
+                    del vars(self)[name]
+
+        if rows is None or not any(name in held for name in rows.groups):
+            return run(self.acting(), args, kwargs)
+
+        def of_group(group: Group, given: Any) -> Any:
+            with rows.turn(group), self._active.only(group):
+                return run(cast(Adapter, held[group.name]).parts() if group.name in held else [], *given)
+
+        return rows.each(self, of_group, (args, kwargs))
 
 
 class FrozenStatistics(Swapped, nn.Module):
@@ -344,12 +251,12 @@ def folded_weight(site: nn.Module, adapters: list[Adapter]) -> Tensor:
     return weight.to(dtype)
 
 
-def folded_parameters(site: nn.Module, adapters: list[Adapter], only: str | None = None) -> dict[str, Tensor]:
-    """The parameters that these adapters change by name, with all of them folded in; or only one of that name."""
-    found: dict[str, Tensor] = {}
-    for adapter in adapters:
-        for name in adapter.folds if only is None else {only}.intersection(adapter.folds):
-            found[name] = adapter.folded(site, name, found.get(name, cast(Tensor, site._parameters[name])))
+def folded_parameters(site: ParameterSite, acting: list[Adapter]) -> dict[str, Tensor]:
+    """The parameters that adapters here change by name, with those that act folded in."""
+    found = {name: cast(Tensor, site._parameters[name]) for name in site.folds()}
+    for adapter in acting:
+        for name in adapter.folds:
+            found[name] = adapter.folded(site, name, found[name])
     return found
 
 
@@ -397,7 +304,7 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
     check_free(name, module)
     if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented":
         raise TargetError(f"{name} is a {type(module).__name__}, which is never called. Name the modules inside it.")
-    if "forward" in vars(module) and not any(_is_own(module, name) for name in FORWARDS):
+    if "forward" in vars(module) and not any(is_own(module, name) for name in FORWARDS):
         raise TargetError(
             f"{name or 'The model'} has a forward of its own, which would pass by the adapter (accelerate puts one "
             "there for mixed precision). Take it away with `del module.forward`, or patch it after attaching adapters."

@@ -44,7 +44,7 @@ from .lora_init import (
     orthogonal_,
     part,
 )
-from .lora_parameters import parameter_adapters
+from .lora_parameters import parameter_adapters, parameters
 from .trainable_tokens import token_adapters
 
 
@@ -298,8 +298,10 @@ class LoraConfig(TargetConfig):
             if target != name:  # an attention's output projection
                 adapter.scale *= 2
         if self.target_parameters:
-            whole = parameter_adapters(model, self, made)
-            targets += [f"{name}.{parameter}" for name, adapter in whole.items() for parameter in adapter.folds]
+            self._check_parameters()
+            named = self.in_layers(parameters(model, self.target_parameters))
+            whole = parameter_adapters(model, named, made, self.rank_and_scale, self.init_lora_weights)
+            targets += named
             made |= whole
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
@@ -319,13 +321,20 @@ class LoraConfig(TargetConfig):
         return add_biases(made, model) if self.bias == "all" else made
 
     def _check_sharing(self) -> None:
-        own = {"bias": "none", "use_dora": False, "alpha_pattern": {}}
-        differ = [setting for setting, value in own.items() if getattr(self, setting) != value]
-        if str(self.init_lora_weights).startswith(("pissa", "olora", *DATA_KINDS)):
-            differ.append("init_lora_weights")
+        plain = not str(self.init_lora_weights).startswith(("pissa", "olora", *DATA_KINDS))
+        settings = {"bias": "none", "use_dora": False, "alpha_pattern": {}}
+        self._check_beside("share_across_layers=True", "makes the adapter of each layer its own", settings, plain)
+
+    def _check_parameters(self) -> None:
+        plain = self.init_lora_weights in (True, False, "gaussian")
+        settings = {"lora_dropout": 0, "use_dora": False, "alora_invocation_tokens": None}
+        self._check_beside("target_parameters", "needs a layer with a weight, an input and an output", settings, plain)
+
+    def _check_beside(self, setting: str, reason: str, others: dict[str, Any], plain_init: bool) -> None:
+        differ = [other for other, value in others.items() if getattr(self, other) != value]
+        differ += [] if plain_init else ["init_lora_weights"]
         if differ:
-            raise ConfigError(f"{differ[0]}={getattr(self, differ[0])!r} makes the adapter of each layer its own: it "
-                              "cannot go with share_across_layers=True.")  # fmt: skip
+            raise ConfigError(f"{differ[0]}={getattr(self, differ[0])!r} {reason}: it cannot go with {setting}.")
 
     @property
     def given_starts(self) -> dict[str, tuple[Tensor, Tensor]]:

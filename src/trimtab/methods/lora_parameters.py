@@ -8,20 +8,17 @@ each call computes W' as a whole, and dropout, which belongs to the input of A, 
 """
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import weights
 from ..adapter import Adapter
-from ..errors import ConfigError, TargetError
+from ..errors import TargetError
 from ..sites import ParameterSite
 from ..targets import base_modules, select
-
-if TYPE_CHECKING:
-    from .lora import LoraConfig
 
 
 class Pair(nn.Module):
@@ -79,37 +76,33 @@ class ParametersAdapter(Adapter):
         return "base_layer." * (len(self.folds) - 1 - int(number)) + f"lora_{letter}.weight"
 
 
-def parameter_adapters(model: nn.Module, config: "LoraConfig", made: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Adapters for target_parameters, by module name. made: those that the config has for modules.
+def parameters(model: nn.Module, wanted: list[str]) -> list[str]:
+    """The full names of the parameters that target_parameters means. Raises: TargetError, where it means none."""
+    named = dict.fromkeys(f"{path}.{name}" for path, module in base_modules(model) for name in module._parameters)
+    return select(wanted, named, "target_parameters", model, what="parameter")
 
+
+def parameter_adapters(
+    model: nn.Module,
+    names: list[str],
+    taken: Collection[str],
+    rank_and_scale: Callable[[str], tuple[int, float]],
+    init: bool | str,
+) -> dict[str, Adapter]:
+    """Adapters for parameters of these full names, by module name.
+
+    Args:
+        taken: modules that are adapted otherwise.
     Raises:
-        ConfigError: a setting that needs the input of A, or the weight of a layer.
-        TargetError: an entry that matches nothing, or a parameter that this cannot act on.
+        TargetError: a parameter that this cannot act on.
     """
-    _check_settings(config)
-    modules = dict(base_modules(model))
-    named = dict.fromkeys(f"{path}.{name}" for path, module in modules.items() for name in module._parameters)
-    assert config.target_parameters is not None
-    meant = select(config.target_parameters, named, "target_parameters", model, what="parameter")
     found: dict[str, list[Pair]] = {}
-    for full in config.in_layers(meant):
+    for full in names:
         path, _, name = full.rpartition(".")
-        _check_parameter(full, modules[path], name, path in made)
-        r, scale = config.rank_and_scale(full)
-        found.setdefault(path, []).append(Pair(modules[path], name, r, scale, config.init_lora_weights))
+        module = model.get_submodule(path)
+        _check_parameter(full, module, name, path in taken)
+        found.setdefault(path, []).append(Pair(module, name, *rank_and_scale(full), init))
     return {path: ParametersAdapter(pairs) for path, pairs in found.items()}
-
-
-def _check_settings(config: "LoraConfig") -> None:
-    usual = {"lora_dropout": 0, "use_dora": False, "alora_invocation_tokens": None}
-    wrong = [name for name, value in usual.items() if getattr(config, name) != value]
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        wrong.append("init_lora_weights")
-    if wrong:
-        raise ConfigError(
-            f"{wrong[0]}={getattr(config, wrong[0])!r} acts on the input or the output of a layer, which the module of "
-            "a parameter does not have: it cannot go with target_parameters."
-        )
 
 
 def _check_parameter(full: str, module: nn.Module, name: str, taken: bool) -> None:
