@@ -67,6 +67,7 @@ ROWS = [
     Row("lora, PiSSA", "lora", 5e-4, {"init_lora_weights": "pissa"}),
     Row("loreft", "loreft", 2e-3),
     Row("mam", "mam", 2e-3),
+    Row("miss", "miss", 2e-3),
     Row("multitask_prompt_tuning", "multitask_prompt_tuning", 1e-2),
     Row("oft", "oft", 2e-3),
     Row("p_tuning", "p_tuning", 2e-3),

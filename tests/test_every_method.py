@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {**LINEAR, "r": 4},
     "loreft": {"r": 2},
     "mam": {"num_virtual_tokens": 3, "encoder_hidden_size": 7, "reduction_factor": 4},
+    "miss": {**LINEAR, "r": 5},
     "multitask_prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "oft": {**LINEAR, "oft_block_size": 4},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 7, "task_type": "CAUSAL_LM"},

@@ -46,6 +46,7 @@ from .methods.lora_data import (
 from .methods.lora_init import CordaConfig, EvaConfig, LoraGAConfig
 from .methods.loreft import LoReftConfig
 from .methods.mam import MamConfig
+from .methods.miss import MissConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -94,6 +95,7 @@ __all__ = [
     "LoraGAConfig",
     "MamConfig",
     "MergeError",
+    "MissConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "OFTConfig",

@@ -17,6 +17,7 @@ from .lokr import LoKrConfig
 from .lora import LoraConfig
 from .loreft import LoReftConfig
 from .mam import MamConfig
+from .miss import MissConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
@@ -43,6 +44,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "lora": LoraConfig,
     "loreft": LoReftConfig,
     "mam": MamConfig,
+    "miss": MissConfig,
     "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,

@@ -1,0 +1,49 @@
+"""Methods that add a change to a layer's weight, each against its paper's formula, written here a second time."""
+
+import models
+import pytest
+import torch
+from test_formulas import agrees, attached, trained
+
+from trimtab import MissConfig
+
+# ----------------------------------------------------------------------------------------------------------- MiSS
+
+
+@pytest.mark.parametrize("r", [2, 5])
+def test_miss_adds_one_block_to_all_shards(r: int) -> None:
+    """5 inputs: the third shard of length 2 is cut off."""
+    model, inputs, own = attached(MissConfig(r=r, target_modules=["first"]))
+    W = model.first.weight.detach().clone()
+    for column in range(5):
+        W[:, column] += own["first.D"][column % r]
+    agrees(model, inputs["x"], inputs["x"] @ W.T + model.first.bias)
+    assert trained(model) == r * 7
+
+
+def test_mini_miss_repeats_its_block_along_the_outputs() -> None:
+    model, _, own = attached(MissConfig(r=2, init_weights="mini", mini_r=3, target_modules=["second"]))
+    h = torch.randn(4, 7)
+    W = model.second.weight.detach().clone()
+    for row in range(6):
+        for column in range(7):
+            W[row, column] += own["second.D"][column % 2, row % 3]
+    torch.testing.assert_close(model.second(h), h @ W.T + model.second.bias)
+    assert trained(model) == 2 * 3
+
+
+def test_bat_multiplies_square_shards_by_a_block_of_their_rows() -> None:
+    model, _, own = attached(MissConfig(r=4, init_weights="bat"), models.gpt2())
+    site = model.transformer.h[0].attn.c_attn
+    W = site.weight.detach().T.clone()  # (48, 16)
+    blocks = own["transformer.h.0.attn.c_attn.D"]
+    assert blocks.shape == (12, 4, 4)
+    for i, D in enumerate(blocks):
+        for j in range(4):
+            W[4 * i : 4 * i + 4, 4 * j : 4 * j + 4] @= torch.eye(4) + D
+            W[4 * i : 4 * i + 4, 4 * j : 4 * j + 4] += D
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(site(x), x @ W.T + site.bias, rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(site.weight.T, W, rtol=1e-5, atol=1e-5)
+    assert trained(model) == 2 * 48 * 4
