@@ -55,6 +55,7 @@ ROWS = [
     Row("bottleneck, houlsby", "bottleneck", 2e-3, {"variant": "houlsby"}),
     Row("bottleneck, parallel", "bottleneck", 2e-3, {"variant": "parallel"}),
     Row("compacter", "compacter", 4e-3, {"reduction_factor": 16}),
+    Row("delora", "delora", 2e-3),
     Row("hra", "hra", 2e-3),
     Row("ia3", "ia3", 4e-3),
     Row("llama_adapter", "llama_adapter", 4e-3),

@@ -1,11 +1,18 @@
 """Methods that add a change to a layer's weight, each against its paper's formula, written here a second time."""
 
+from pathlib import Path
+
 import models
 import pytest
 import torch
 from test_formulas import agrees, attached, trained
 
-from trimtab import MissConfig
+from trimtab import (
+    DeloraConfig,
+    MissConfig,
+    PeftModel,
+    get_peft_model,
+)
 
 # ----------------------------------------------------------------------------------------------------------- MiSS
 
@@ -47,3 +54,34 @@ def test_bat_multiplies_square_shards_by_a_block_of_their_rows() -> None:
     model.merge_adapter()
     torch.testing.assert_close(site.weight.T, W, rtol=1e-5, atol=1e-5)
     assert trained(model) == 2 * 48 * 4
+
+
+# --------------------------------------------------------------------------------------------------------- DeLoRA
+
+
+def test_delora_learns_directions_apart_from_their_strength() -> None:
+    model, inputs, own = attached(DeloraConfig(r=2, delora_lambda=3, target_modules=["first"]))
+    W, l = model.first.weight.detach(), own["first.strength"]  # noqa: E741
+    directions = sum(
+        torch.outer(b / b.dot(b) ** 0.5, a / a.dot(a) ** 0.5)
+        for a, b in zip(own["first.A"], own["first.B"].T, strict=True)
+    )
+    lengths = torch.stack([column.dot(column) ** 0.5 for column in W.T])
+    changed = W + l / 2 * directions * lengths
+    agrees(model, inputs["x"], inputs["x"] @ changed.T + model.first.bias)
+    assert trained(model) == 2 * (5 + 7) + 1
+
+
+def test_delora_starts_with_its_strength_and_keeps_the_lengths_in_its_file(tmp_path: Path) -> None:
+    """On a base that has changed since, the lengths are still those of the start."""
+    model, _, own = attached(DeloraConfig(r=2, delora_lambda=3, init_weights=False, target_modules=["first"]))
+    lengths = model.first.weight.detach().norm(dim=0)
+    model.save_pretrained(tmp_path)
+    other = models.mlp().model
+    other.first.weight.data *= 2
+    loaded = PeftModel.from_pretrained(other, tmp_path).first.adapters["default"]
+    torch.testing.assert_close(loaded.norms, lengths)
+    assert torch.equal(loaded.strength, own["first.strength"])
+    config = DeloraConfig(r=2, delora_lambda=3, lambda_pattern={"second": 4}, target_modules=["first", "second"])
+    fresh = get_peft_model(models.mlp().model, config)
+    assert [site.adapters["default"].strength.item() for site in (fresh.first, fresh.second)] == [3, 4]

@@ -11,6 +11,7 @@ import trimtab
 from trimtab import (
     BitFitConfig,
     BOFTConfig,
+    DeloraConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -41,6 +42,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "miss": (MissConfig(r=4, target_modules=["0", "2"]), 0.02, 0.2),
     "miss-mini": (MissConfig(r=4, init_weights="mini", mini_r=12, target_modules=["2"]), 0.02, 0.5),
     "miss-bat": (MissConfig(r=8, init_weights="bat", target_modules=["0", "2"]), 0.02, 0.1),
+    "delora": (DeloraConfig(r=4, delora_lambda=1, target_modules=["0", "2"]), 0.02, 0.2),
 }
 
 

@@ -14,6 +14,7 @@ from trimtab import (
     AdaLoraConfig,
     CompacterConfig,
     ConfigError,
+    DeloraConfig,
     HRAConfig,
     LoHaConfig,
     LoKrConfig,
@@ -52,6 +53,7 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
     (models.mlp, MissConfig(r=2, init_weights="mini", mini_r=3, **FIRST),
      "^first: mini_r=3 .* does not divide 7. Closest: 1"),
     (models.gpt2, MissConfig(r=6, init_weights="bat"), "attn: r=6 .* does not divide 16. Closest: 4"),
+    (models.mlp, DeloraConfig(r=6, **FIRST), BOTH),
 ]  # fmt: skip
 
 

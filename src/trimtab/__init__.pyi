@@ -29,6 +29,7 @@ from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
+from .methods.delora import DeloraConfig
 from .methods.full import FullConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
@@ -82,6 +83,7 @@ __all__ = [
     "ConfigError",
     "CordaConfig",
     "DataError",
+    "DeloraConfig",
     "EvaConfig",
     "FullConfig",
     "HRAConfig",

@@ -7,6 +7,7 @@ from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig
 from .compacter import CompacterConfig
 from .cpt import CPTConfig
+from .delora import DeloraConfig
 from .full import FullConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
@@ -34,6 +35,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "bottleneck": BottleneckConfig,
     "compacter": CompacterConfig,
     "cpt": CPTConfig,
+    "delora": DeloraConfig,
     "full": FullConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
