@@ -56,6 +56,7 @@ ROWS = [
     Row("bottleneck, parallel", "bottleneck", 2e-3, {"variant": "parallel"}),
     Row("compacter", "compacter", 4e-3, {"reduction_factor": 16}),
     Row("delora", "delora", 2e-3),
+    Row("fourierft", "fourierft", 4e-2),
     Row("hra", "hra", 2e-3),
     Row("ia3", "ia3", 4e-3),
     Row("llama_adapter", "llama_adapter", 4e-3),

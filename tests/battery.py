@@ -31,6 +31,7 @@ from trimtab import (
     CompacterConfig,
     CPTConfig,
     DeloraConfig,
+    FourierFTConfig,
     FullConfig,
     HRAConfig,
     IA3Config,
@@ -82,6 +83,8 @@ BENT = {"merge": "a non-linearity lies between the two matrices, so no weight do
 COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}
 DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
 _PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
+_SPECTRUM = "as in the paper the numbers start from a normal distribution"
+SPECTRUM = {"identity": _SPECTRUM, "switch": _SPECTRUM, "trains_in_float32": _SPECTRUM}
 PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
 GATED = {"merge": "the gate depends on the input"}
 PREFIXED = {
@@ -205,6 +208,18 @@ ALL_SMALL_CONFIGS = [
     Case("delora", DeloraConfig(r=2, delora_lambda=3, target_modules=["first", "second"], bias="delora_only")),
     Case("delora-gpt2", DeloraConfig(r=4, module_dropout=0.3, lambda_pattern={"h.0.attn.c_attn": 5}),
          partial(models.gpt2, initializer_range=0.2)),
+    Case("fourierft", FourierFTConfig(n_frequency=20, scaling=30, init_weights=True, bias="fourier_only",
+                                      target_modules=["first", "second"])),
+    Case("fourierft-random-gpt2", FourierFTConfig(n_frequency=90, scaling=90,
+                                                  n_frequency_pattern={"h.0.attn.c_attn": 70}),
+         partial(models.gpt2, initializer_range=0.2), SPECTRUM),
+    Case("fourierft-convolutions", FourierFTConfig(n_frequency=50, init_weights=True,
+                                                   target_modules=["volume", "plane", "line", "same"]),
+         partial(models.convolutions, groups=2)),
+    Case("fourierft-embeddings", FourierFTConfig(n_frequency=30, init_weights=True, target_modules=["token", "inner"]),
+         models.embeddings),
+    Case("fourierft-encoder", FourierFTConfig(n_frequency=50, scaling=40, init_weights=True,
+                                              target_modules=["self_attn", "linear1"]), models.encoder),
     Case("oft", OFTConfig(oft_block_size=0, r=1, target_modules=["first", "second"], bias="oft_only")),
     Case("oft-cayley-gpt2", OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True),
          partial(models.gpt2, initializer_range=0.2)),

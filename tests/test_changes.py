@@ -5,10 +5,12 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from models import output
 from test_formulas import agrees, attached, trained
 
 from trimtab import (
     DeloraConfig,
+    FourierFTConfig,
     MissConfig,
     PeftModel,
     get_peft_model,
@@ -85,3 +87,48 @@ def test_delora_starts_with_its_strength_and_keeps_the_lengths_in_its_file(tmp_p
     config = DeloraConfig(r=2, delora_lambda=3, lambda_pattern={"second": 4}, target_modules=["first", "second"])
     fresh = get_peft_model(models.mlp().model, config)
     assert [site.adapters["default"].strength.item() for site in (fresh.first, fresh.second)] == [3, 4]
+
+
+# ------------------------------------------------------------------------------------------------ FourierFT, WaveFT
+
+
+def places(out: int, into: int, n: int, seed: int) -> list[tuple[int, int]]:
+    """The first n of the entries in a random order, which a file of HF PEFT's does not hold."""
+    order = torch.randperm(out * into, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [divmod(place, into) for place in order[:n]]
+
+
+def test_fourierft_adds_waves_at_random_frequencies() -> None:
+    """The inverse transform written out: each number is a cosine over rows and columns."""
+    config = FourierFTConfig(n_frequency=9, scaling=70, random_loc_seed=5, target_modules=["first"])
+    model, inputs, own = attached(config)
+    W = model.first.weight.detach().clone()
+    rows, columns = torch.arange(7)[:, None], torch.arange(5)
+    for value, (u, v) in zip(own["first.spectrum"], places(7, 5, 9, 5), strict=True):
+        W += 70 / 35 * value * torch.cos(2 * torch.pi * (u * rows / 7 + v * columns / 5))
+    agrees(model, inputs["x"], inputs["x"] @ W.T + model.first.bias)
+    assert trained(model) == 9
+
+
+def test_fourierft_starts_at_random_or_at_zero() -> None:
+    def start(init: bool) -> torch.Tensor:
+        config = FourierFTConfig(n_frequency=300, init_weights=init, target_modules=["c_attn"])
+        return get_peft_model(models.gpt2().model, config).transformer.h[0].attn.c_attn.adapters["default"].spectrum
+
+    assert not start(True).any()
+    assert start(False).std().item() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("method", [FourierFTConfig], ids=lambda method: method.peft_type)
+def test_places_are_held_once_for_each_size_and_not_saved(method: type[FourierFTConfig], tmp_path: Path) -> None:
+    """LLaMA's linear layers have 16 x 16, 8 x 16 and 24 x 16 weights, and 16 x 24, which is a size as well."""
+    config = method(n_frequency=9, target_modules="all-linear")
+    model, inputs, own = attached(config, models.llama())
+    assert trained(model) == 2 * 7 * 9 == sum(value.numel() for value in own.values())
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.llama().model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), expected, rtol=0, atol=0)
+    for found in (model, loaded):
+        sites = [module for module in found.modules() if "adapters" in module._modules]
+        assert len({id(next(iter(site.adapters.values())).places) for site in sites}) == 3

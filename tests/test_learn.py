@@ -12,6 +12,7 @@ from trimtab import (
     BitFitConfig,
     BOFTConfig,
     DeloraConfig,
+    FourierFTConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -43,6 +44,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "miss-mini": (MissConfig(r=4, init_weights="mini", mini_r=12, target_modules=["2"]), 0.02, 0.5),
     "miss-bat": (MissConfig(r=8, init_weights="bat", target_modules=["0", "2"]), 0.02, 0.1),
     "delora": (DeloraConfig(r=4, delora_lambda=1, target_modules=["0", "2"]), 0.02, 0.2),
+    "fourierft": (FourierFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.05, 0.3),
 }
 
 

@@ -15,6 +15,7 @@ from trimtab import (
     CompacterConfig,
     ConfigError,
     DeloraConfig,
+    FourierFTConfig,
     HRAConfig,
     LoHaConfig,
     LoKrConfig,
@@ -54,6 +55,8 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
      "^first: mini_r=3 .* does not divide 7. Closest: 1"),
     (models.gpt2, MissConfig(r=6, init_weights="bat"), "attn: r=6 .* does not divide 16. Closest: 4"),
     (models.mlp, DeloraConfig(r=6, **FIRST), BOTH),
+    (models.mlp, FourierFTConfig(n_frequency=36, **FIRST), "^first has 35 places: n_frequency=36 .* Closest: 35"),
+    (models.mlp, FourierFTConfig(n_frequency=3, n_frequency_pattern={"first": 0}, **FIRST), "^first .* Closest: 1,"),
 ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from .methods.bottleneck import BottleneckConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
 from .methods.delora import DeloraConfig
+from .methods.fourierft import FourierFTConfig
 from .methods.full import FullConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
@@ -85,6 +86,7 @@ __all__ = [
     "DataError",
     "DeloraConfig",
     "EvaConfig",
+    "FourierFTConfig",
     "FullConfig",
     "HRAConfig",
     "IA3Config",

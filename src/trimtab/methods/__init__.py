@@ -8,6 +8,7 @@ from .bottleneck import BottleneckConfig
 from .compacter import CompacterConfig
 from .cpt import CPTConfig
 from .delora import DeloraConfig
+from .fourierft import FourierFTConfig
 from .full import FullConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
@@ -36,6 +37,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "compacter": CompacterConfig,
     "cpt": CPTConfig,
     "delora": DeloraConfig,
+    "fourierft": FourierFTConfig,
     "full": FullConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,

@@ -110,9 +110,7 @@ class VeraConfig(BiasedConfig, FanConfig):
         own = {name: adapter for name, adapter in made.items() if isinstance(adapter, VeraAdapter)}
         out, into = max(adapter.out for adapter in own.values()), max(adapter.into for adapter in own.values())
         shared = Projections(out, into, self.r, self.projection_prng_key, self.save_projection)
-        stored = weights.parameter(model.get_submodule(next(iter(own))))
-        if stored is not None and not stored.is_meta:
-            shared = shared.to(stored.device)
+        shared = weights.beside(model.get_submodule(next(iter(own))), shared)
         for adapter in own.values():
             adapter.shared = shared
         return made
