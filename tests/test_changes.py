@@ -6,13 +6,17 @@ import models
 import pytest
 import torch
 from models import output
+from safetensors.torch import load_file, save_file
 from test_formulas import agrees, attached, trained
+from torch import nn
 
 from trimtab import (
+    CheckpointError,
     DeloraConfig,
     FourierFTConfig,
     MissConfig,
     PeftModel,
+    RandLoraConfig,
     get_peft_model,
 )
 
@@ -132,3 +136,50 @@ def test_places_are_held_once_for_each_size_and_not_saved(method: type[FourierFT
     for found in (model, loaded):
         sites = [module for module in found.modules() if "adapters" in module._modules]
         assert len({id(next(iter(site.adapters.values())).places) for site in sites}) == 3
+
+
+# -------------------------------------------------------------------------------------------------------- RandLoRA
+
+
+@pytest.mark.parametrize(("site", "out", "into"), [("first", 7, 5), ("second", 6, 7)])
+def test_randlora_sums_scaled_products_of_random_matrices(site: str, out: int, into: int) -> None:
+    """More outputs than inputs, and fewer, where the sum is transposed. 2 products of rank 3."""
+    model, _, own = attached(RandLoraConfig(r=3, randlora_alpha=12, target_modules=["first", "second"]))
+    layer, short, long = model.get_submodule(site), min(out, into), max(out, into)
+    shared, L, G = layer.adapters["default"].shared, own[f"{site}.L"], own[f"{site}.G"]
+    rows = torch.stack([L[k, i] * shared.A[k, 0, :short] * G[i] for k in range(3) for i in range(2)])
+    columns = torch.stack([shared.B[:long, i, k] for i in range(2) for k in range(3)], 1)
+    D = 12 / 3 * columns @ rows
+    x = torch.randn(4, into)
+    expected = x @ (layer.weight + (D if into < out else D.T)).T + layer.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert torch.linalg.matrix_rank(D) == short
+    assert trained(model) == (3 * 2 + 2 * 5) + (3 * 2 + 2 * 6)
+
+
+def test_randlora_s_bases_have_deviation_1_and_the_share_of_zeros_that_was_asked_for() -> None:
+    def bases(**settings: bool) -> list[torch.Tensor]:
+        layers = nn.Sequential(nn.Linear(100, 225))
+        shared = get_peft_model(layers, RandLoraConfig(target_modules=["0"], **settings))[0].adapters["default"].shared
+        return [shared.A, shared.B]
+
+    for dense, sparse, very in zip(bases(), bases(sparse=True), bases(very_sparse=True), strict=True):
+        assert [found.std().item() for found in (dense, sparse, very)] == pytest.approx([1] * 3, abs=0.01)
+        assert [(found != 0).float().mean().item() for found in (dense, sparse, very)] == pytest.approx(
+            [1, 1 / 3, 1 / 10], abs=0.02
+        )
+
+
+def test_randlora_reads_the_copies_that_hf_peft_saves_for_every_layer(tmp_path: Path) -> None:
+    """If they are copies: another one at some layer is refused, which the one that all share could not be."""
+    model, inputs, _ = attached(RandLoraConfig(r=3, target_modules=["first"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    saved = load_file(path)
+    copied = {"base_model.model.first.randlora_A": saved["base_model.randlora_A"].clone()}
+    save_file(saved | copied, path)
+    loaded = PeftModel.from_pretrained(models.mlp().model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=0, atol=0)
+    save_file(saved | {key: value + 1 for key, value in copied.items()}, path)
+    with pytest.raises(CheckpointError, match=r"Unexpected: base_model.model.first.randlora_A"):
+        PeftModel.from_pretrained(models.mlp().model, tmp_path)

@@ -54,6 +54,7 @@ from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.randlora import RandLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .methods.unipelt import UniPeltConfig
@@ -112,6 +113,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "QuantizedMergeWarning",
+    "RandLoraConfig",
     "RecipeError",
     "TargetError",
     "TaskType",

@@ -25,6 +25,7 @@ from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
+from .randlora import RandLoraConfig
 from .trainable_tokens import TrainableTokensConfig
 from .unipelt import UniPeltConfig
 from .vera import VeraConfig
@@ -54,6 +55,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
+    "randlora": RandLoraConfig,
     "trainable_tokens": TrainableTokensConfig,
     "unipelt": UniPeltConfig,
     "vera": VeraConfig,
