@@ -30,6 +30,8 @@ from trimtab import (
     BottleneckConfig,
     CompacterConfig,
     CPTConfig,
+    DeloraConfig,
+    FourierFTConfig,
     FullConfig,
     HRAConfig,
     IA3Config,
@@ -40,6 +42,7 @@ from trimtab import (
     LoReftConfig,
     MamConfig,
     MergeError,
+    MissConfig,
     MultitaskPromptTuningConfig,
     OFTConfig,
     PeftConfig,
@@ -47,6 +50,7 @@ from trimtab import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RandLoraConfig,
     TrainableTokensConfig,
     UnionConfig,
     UniPeltConfig,
@@ -81,6 +85,8 @@ BENT = {"merge": "a non-linearity lies between the two matrices, so no weight do
 COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its input, too coarse for a difference"}
 DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
 _PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
+_SPECTRUM = "as in the paper the numbers start from a normal distribution"
+SPECTRUM = {"identity": _SPECTRUM, "switch": _SPECTRUM, "trains_in_float32": _SPECTRUM}
 PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
 GATED = {"merge": "the gate depends on the input"}
 PREFIXED = {
@@ -201,6 +207,30 @@ ALL_SMALL_CONFIGS = [
     Case("lokr-low-rank", LoKrConfig(r=1, target_modules=["first", "second"], decompose_both=True, decompose_factor=3)),
     Case("lokr-convolutions", LoKrConfig(r=1, target_modules=["volume", "plane", "line", "same"],
                                          use_effective_conv2d=True), partial(models.convolutions, groups=2)),
+    Case("miss", MissConfig(r=2, target_modules=["first", "second"], bias="MiSS_only")),
+    Case("miss-gpt2", MissConfig(r=5, miss_dropout=0.3), partial(models.gpt2, initializer_range=0.2)),
+    Case("miss-mini", MissConfig(r=2, init_weights="mini", mini_r=3, target_modules=["second"], bias="all")),
+    Case("miss-bat", MissConfig(r=4, init_weights="bat", miss_dropout=0.3, bias="MiSS_only"),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("delora", DeloraConfig(r=2, delora_lambda=3, target_modules=["first", "second"], bias="delora_only")),
+    Case("delora-gpt2", DeloraConfig(r=4, module_dropout=0.3, lambda_pattern={"h.0.attn.c_attn": 5}),
+         partial(models.gpt2, initializer_range=0.2)),
+    Case("fourierft", FourierFTConfig(n_frequency=20, scaling=30, init_weights=True, bias="fourier_only",
+                                      target_modules=["first", "second"])),
+    Case("fourierft-random-gpt2", FourierFTConfig(n_frequency=90, scaling=90,
+                                                  n_frequency_pattern={"h.0.attn.c_attn": 70}),
+         partial(models.gpt2, initializer_range=0.2), SPECTRUM),
+    Case("fourierft-convolutions", FourierFTConfig(n_frequency=50, init_weights=True,
+                                                   target_modules=["volume", "plane", "line", "same"]),
+         partial(models.convolutions, groups=2)),
+    Case("fourierft-embeddings", FourierFTConfig(n_frequency=30, init_weights=True, target_modules=["token", "inner"]),
+         models.embeddings),
+    Case("fourierft-encoder", FourierFTConfig(n_frequency=50, scaling=40, init_weights=True,
+                                              target_modules=["self_attn", "linear1"]), models.encoder),
+    Case("randlora", RandLoraConfig(r=3, randlora_alpha=30, target_modules=["first", "second"], bias="randlora_only")),
+    Case("randlora-sparse-gpt2", RandLoraConfig(r=4, randlora_alpha=20, sparse=True, save_projection=False,
+                                                randlora_dropout=0.3, target_modules=["c_attn", "c_proj"]),
+         partial(models.gpt2, initializer_range=0.2)),
     Case("oft", OFTConfig(oft_block_size=0, r=1, target_modules=["first", "second"], bias="oft_only")),
     Case("oft-cayley-gpt2", OFTConfig(oft_block_size=4, use_cayley_neumann=False, block_share=True),
          partial(models.gpt2, initializer_range=0.2)),

@@ -11,14 +11,18 @@ import trimtab
 from trimtab import (
     BitFitConfig,
     BOFTConfig,
+    DeloraConfig,
+    FourierFTConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     OFTConfig,
     PeftConfig,
+    RandLoraConfig,
     TrainableTokensConfig,
     VeraConfig,
 )
@@ -37,6 +41,12 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "oft": (OFTConfig(oft_block_size=8, target_modules=["0", "2"]), 0.02, 0.2),
     "boft": (BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["0", "2"]), 0.02, 0.1),
     "hra": (HRAConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),
+    "miss": (MissConfig(r=4, target_modules=["0", "2"]), 0.02, 0.2),
+    "miss-mini": (MissConfig(r=4, init_weights="mini", mini_r=12, target_modules=["2"]), 0.02, 0.5),
+    "miss-bat": (MissConfig(r=8, init_weights="bat", target_modules=["0", "2"]), 0.02, 0.1),
+    "delora": (DeloraConfig(r=4, delora_lambda=1, target_modules=["0", "2"]), 0.02, 0.2),
+    "fourierft": (FourierFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.05, 0.3),
+    "randlora": (RandLoraConfig(r=4, randlora_alpha=40, target_modules=["0", "2"]), 0.02, 0.1),
 }
 
 

@@ -14,10 +14,13 @@ from trimtab import (
     AdaLoraConfig,
     CompacterConfig,
     ConfigError,
+    DeloraConfig,
+    FourierFTConfig,
     HRAConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
@@ -47,6 +50,13 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
     (models.bert, CompacterConfig(reduction_factor=2, phm_rank=3), "of rank 2 at most: phm_rank=3 .* Closest: 2"),
     (models.llama, MultitaskPromptTuningConfig(num_ranks=5, num_virtual_tokens=4),
      "^LlamaForCausalLM has a rank of 4 at most: 5 is too much. Closest: 4.$"),
+    (models.mlp, MissConfig(r=6, **FIRST), TOO_MUCH + "exclude_modules="),
+    (models.mlp, MissConfig(r=2, init_weights="mini", mini_r=3, **FIRST),
+     "^first: mini_r=3 .* does not divide 7. Closest: 1"),
+    (models.gpt2, MissConfig(r=6, init_weights="bat"), "attn: r=6 .* does not divide 16. Closest: 4"),
+    (models.mlp, DeloraConfig(r=6, **FIRST), BOTH),
+    (models.mlp, FourierFTConfig(n_frequency=36, **FIRST), "^first has 35 places: n_frequency=36 .* Closest: 35"),
+    (models.mlp, FourierFTConfig(n_frequency=3, n_frequency_pattern={"first": 0}, **FIRST), "^first .* Closest: 1,"),
 ]  # fmt: skip
 
 

@@ -29,6 +29,8 @@ from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
+from .methods.delora import DeloraConfig
+from .methods.fourierft import FourierFTConfig
 from .methods.full import FullConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
@@ -46,11 +48,13 @@ from .methods.lora_data import (
 from .methods.lora_init import CordaConfig, EvaConfig, LoraGAConfig
 from .methods.loreft import LoReftConfig
 from .methods.mam import MamConfig
+from .methods.miss import MissConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.randlora import RandLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .methods.unipelt import UniPeltConfig
@@ -81,7 +85,9 @@ __all__ = [
     "ConfigError",
     "CordaConfig",
     "DataError",
+    "DeloraConfig",
     "EvaConfig",
+    "FourierFTConfig",
     "FullConfig",
     "HRAConfig",
     "IA3Config",
@@ -94,6 +100,7 @@ __all__ = [
     "LoraGAConfig",
     "MamConfig",
     "MergeError",
+    "MissConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "OFTConfig",
@@ -106,6 +113,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "QuantizedMergeWarning",
+    "RandLoraConfig",
     "RecipeError",
     "TargetError",
     "TaskType",

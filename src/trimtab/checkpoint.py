@@ -134,7 +134,7 @@ def _fill(
     computed = {key for adapter in adapters.values() for key in adapter.hf_computed}
     missing = [key for key in keys.values() if key not in tensors]
     others = [key for key in tensors if key not in keys.values() and key not in computed]
-    extra = [key for key in others if not _is_said_elsewhere(key, tensors, model, root)]
+    extra = [key for key in others if not _is_said_elsewhere(key, tensors, model, root, adapters)]
     wrong = []
     for (path, entry), key in keys.items():
         if key in tensors:
@@ -157,10 +157,13 @@ def _fill(
         adapter.load_state_dict(state, assign=any(value.is_meta for value in adapter.state_dict().values()))
 
 
-def _is_said_elsewhere(key: str, tensors: Mapping[str, Tensor], model: nn.Module, root: str) -> bool:
+def _is_said_elsewhere(
+    key: str, tensors: Mapping[str, Tensor], model: nn.Module, root: str, adapters: Mapping[str, Adapter]
+) -> bool:
     """Whether HF PEFT saved this value beside the adapter's own ones, and it is what we have anyway."""
     tensor = tensors[key]
-    twins = [tensors[twin] for twin in hf_format.twins(key) if twin in tensors]
+    possible = hf_format.twins(key) + hf_format.shared_twins(key, adapters)
+    twins = [tensors[twin] for twin in possible if twin in tensors]
     own = twins[0] if twins else hf_format.base_value(key, model, root)
     if own is None or own.is_meta or own.shape != tensor.shape:
         return False
@@ -178,7 +181,7 @@ def _with_embeddings(config: PeftConfig, tensors: Mapping[str, Tensor], model: n
         for name, module in hf_format.embeddings(model).items()
         if (key := f"{config.hf_root}{name}.weight") in tensors
         and not any(name.endswith(entry) for entry in saved)
-        and not _is_said_elsewhere(key, tensors, model, config.hf_root)
+        and not _is_said_elsewhere(key, tensors, model, config.hf_root, {})
     ]
     return config.model_copy(update={"modules_to_save": [*saved, *found]}) if found else config
 

@@ -99,6 +99,12 @@ def twins(key: str) -> list[str]:
     return [f"{head}.{rest}", f"{head}.{rest.partition('.')[2]}"] if copied else []
 
 
+def shared_twins(key: str, adapters: Mapping[str, Adapter]) -> list[str]:
+    """The keys of what adapters share, of which HF PEFT's RandLoRA saves another copy for every layer."""
+    shared = {whole for adapter in adapters.values() for whole in adapter.hf_shared.values()}
+    return [whole for whole in shared if key.rpartition(".")[2] == whole.rpartition(".")[2]]
+
+
 def base_value(key: str, model: nn.Module, root: str) -> Tensor | None:
     """The base's own tensor that a key names: HF PEFT saves frozen ones too (`save_embedding_layers`, bias="all")."""
     plain = key.removeprefix(root).replace(".base_layer.", ".").replace(".original_module.", ".")

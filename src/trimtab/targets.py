@@ -251,6 +251,17 @@ class TargetConfig(SavedModulesConfig):
         return [name for name in found if number.get(name) in wanted]
 
 
+class FanConfig(TargetConfig):
+    """fan_in_fan_out: whether layers store their weight (in, out), as GPT-2's do; set by itself, the layers tell."""
+
+    fan_in_fan_out: bool = False
+
+    def resolved(self, model: nn.Module) -> Self:
+        config = super().resolved(model)
+        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
+        return config.model_copy(update={"fan_in_fan_out": fan})
+
+
 def shared(made: dict[str, Adapter]) -> dict[str, Adapter]:
     """One adapter, the first, for all sites whose names differ in numbers only and whose adapters have its shapes."""
     first: dict[Any, Adapter] = {}

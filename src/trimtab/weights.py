@@ -8,13 +8,15 @@ store it otherwise: transposed (Embedding, GPT-2's Conv1D), under another name (
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import ConfigError, MergeError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MOST = 2**47  # numbers in a parameter, hundreds of terabytes
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -88,6 +90,12 @@ def device(module: nn.Module) -> torch.device:
     places = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
     place = next((found for found in places if found is not None), None)
     return stored.device if place is None or not stored.is_meta else torch.device(place)
+
+
+def beside(module: nn.Module, shared: ModuleT) -> ModuleT:
+    """What adapters share, on the device of one of their layers, unless that has no values yet."""
+    place = device(module)
+    return shared if place.type == "meta" else shared.to(place)
 
 
 def is_offloaded(module: nn.Module) -> bool:

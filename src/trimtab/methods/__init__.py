@@ -7,6 +7,8 @@ from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig
 from .compacter import CompacterConfig
 from .cpt import CPTConfig
+from .delora import DeloraConfig
+from .fourierft import FourierFTConfig
 from .full import FullConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
@@ -17,11 +19,13 @@ from .lokr import LoKrConfig
 from .lora import LoraConfig
 from .loreft import LoReftConfig
 from .mam import MamConfig
+from .miss import MissConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
+from .randlora import RandLoraConfig
 from .trainable_tokens import TrainableTokensConfig
 from .unipelt import UniPeltConfig
 from .vera import VeraConfig
@@ -33,6 +37,8 @@ METHODS: dict[str, type[PeftConfig]] = {
     "bottleneck": BottleneckConfig,
     "compacter": CompacterConfig,
     "cpt": CPTConfig,
+    "delora": DeloraConfig,
+    "fourierft": FourierFTConfig,
     "full": FullConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
@@ -43,11 +49,13 @@ METHODS: dict[str, type[PeftConfig]] = {
     "lora": LoraConfig,
     "loreft": LoReftConfig,
     "mam": MamConfig,
+    "miss": MissConfig,
     "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
+    "randlora": RandLoraConfig,
     "trainable_tokens": TrainableTokensConfig,
     "unipelt": UniPeltConfig,
     "vera": VeraConfig,

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..errors import ConfigError
-from .rotation import RotationAdapter, RotationConfig, cayley, drop_blocks, split, turned_features
+from .biased import BiasedConfig
+from .rotation import RotationAdapter, cayley, drop_blocks, split, turned_features
 
 
 class BOFTAdapter(RotationAdapter):
-    hf_names: ClassVar[dict[str, str]] = {"blocks": "boft_R", "scale": "boft_s", "bias.value": "base_layer.bias"}
+    hf_names: ClassVar[dict[str, str]] = {"blocks": "boft_R", "scale": "boft_s"}
 
     def __init__(self, site: nn.Module, n: int, block: int, factors: int, dropout: float, init: bool) -> None:
         """blocks (m, n / b, b, b)."""
@@ -57,7 +58,7 @@ def butterfly(n: int, block: int, factor: int, device: torch.device) -> Tensor:
     return torch.arange(n, device=device).view(n // group, group // half // 2, 2, half).transpose(1, 2).flatten()
 
 
-class BOFTConfig(RotationConfig):
+class BOFTConfig(BiasedConfig):
     """BOFT's settings.
 
     boft_block_size: b; or, with boft_block_size=0, boft_block_num: the number of blocks. boft_n_butterfly_factor: m.
@@ -108,4 +109,4 @@ class BOFTConfig(RotationConfig):
                 f"{name} has {count} blocks of {block}: boft_n_butterfly_factor={m} needs even blocks, in a number "
                 f"that 2^{m - 1} divides. Closest: {most}."
             )
-        return self.with_bias(BOFTAdapter(site, n, block, m, self.boft_dropout, self.init_weights), site)
+        return self.biased(BOFTAdapter(site, n, block, m, self.boft_dropout, self.init_weights), site)

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from .. import weights
 from ..adapter import Adapter
 from ..targets import TargetConfig, check_patterns, pattern_value
+from .biased import BiasedAdapter
 
 
-class DeltaAdapter(Adapter):
+class DeltaAdapter(BiasedAdapter):
     """rank_dropout: probability with which a row of D is left out of a training step; module_dropout: all of D.
 
     rescale: enlarge the rows that stay, so that the mean stays.
     """
 
-    def __init__(self, rank_dropout: float, module_dropout: float, rescale: bool) -> None:
+    def __init__(self, rank_dropout: float = 0.0, module_dropout: float = 0.0, rescale: bool = False) -> None:
         super().__init__()
         self.rank_dropout, self.module_dropout, self.rescale = rank_dropout, module_dropout, rescale
         self.dropout = max(rank_dropout, module_dropout)
@@ -34,7 +35,7 @@ class DeltaAdapter(Adapter):
             D = D * (kept * factor).view(-1, *[1] * (D.dim() - 1))
         if self.training and self.module_dropout:
             D = D * (torch.rand((), device=D.device) >= self.module_dropout)
-        return y + weights.linear(site, x, D.to(y.dtype)).to(y.dtype)
+        return self.with_bias(site, y + weights.linear(site, x, D.to(y.dtype)).to(y.dtype))
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         return weight + self.delta(shape_of(site)).to(weight.dtype)
@@ -76,6 +77,10 @@ def shape_of(site: nn.Module) -> tuple[int, ...]:
     shape = weights.layout(site)
     assert shape is not None
     return shape.out, shape.into // shape.groups, *shape.kernel
+
+
+def closest_divisor(size: int, wanted: int) -> int:
+    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - wanted))
 
 
 def core_shape(r: int, kernel: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..errors import ConfigError
-from .rotation import RotationAdapter, RotationConfig, turned_features
+from .biased import BiasedConfig
+from .rotation import RotationAdapter, turned_features
 
 
 class HRAAdapter(RotationAdapter):
-    hf_names: ClassVar[dict[str, str]] = {"u": "hra_u", "bias.value": "base_layer.bias"}
+    hf_names: ClassVar[dict[str, str]] = {"u": "hra_u"}
 
     def __init__(self, site: nn.Module, r: int, orthogonal: bool, init: bool) -> None:
         """u (n, r)."""
@@ -45,7 +46,7 @@ class HRAAdapter(RotationAdapter):
         return v
 
 
-class HRAConfig(RotationConfig):
+class HRAConfig(BiasedConfig):
     """HRA's settings.
 
     r: number of reflections, even. apply_GS: make their vectors orthogonal. bias: which biases are trained as well,
@@ -71,4 +72,4 @@ class HRAConfig(RotationConfig):
         return super().fits(module) and not isinstance(module, nn.Embedding)
 
     def build(self, name: str, site: nn.Module) -> RotationAdapter:
-        return self.with_bias(HRAAdapter(site, self.r, self.apply_GS, self.init_weights), site)
+        return self.biased(HRAAdapter(site, self.r, self.apply_GS, self.init_weights), site)

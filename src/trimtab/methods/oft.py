@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .. import weights
-from .rotation import RotationAdapter, RotationConfig, cayley, drop_blocks, split, turned_features
+from .biased import BiasedConfig
+from .rotation import RotationAdapter, cayley, drop_blocks, split, turned_features
 
 
 class OFTAdapter(RotationAdapter):
@@ -54,9 +55,8 @@ class OFTAdapter(RotationAdapter):
         return torch.einsum("...kb,kbc->...kc", v.reshape(*v.shape[:-1], -1, self.block), R.to(v.dtype)).flatten(-2)
 
     def hf_key(self, name: str) -> str:
-        if name == "bias.value":
-            return "base_layer.bias"
-        return "oft_embedding_R.weight" if self.embeds else "oft_R.weight"
+        own = "oft_embedding_R.weight" if self.embeds else "oft_R.weight"
+        return own if name == "upper" else super().hf_key(name)
 
 
 def _series(Q: Tensor, terms: int) -> Tensor:
@@ -71,7 +71,7 @@ def _series(Q: Tensor, terms: int) -> Tensor:
     return total
 
 
-class OFTConfig(RotationConfig):
+class OFTConfig(BiasedConfig):
     """OFT's settings.
 
     oft_block_size: b; or, with oft_block_size=0, r: the number of blocks. module_dropout: probability with which a
@@ -117,4 +117,4 @@ class OFTConfig(RotationConfig):
         if self.oft_block_size:
             split(name, n, "oft_block_size", self.oft_block_size)
         block = self.oft_block_size or split(name, n, "r", self.r)
-        return self.with_bias(OFTAdapter(site, n, block, self), site)
+        return self.biased(OFTAdapter(site, n, block, self), site)

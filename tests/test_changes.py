@@ -1,0 +1,185 @@
+"""Methods that add a change to a layer's weight, each against its paper's formula, written here a second time."""
+
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from models import output
+from safetensors.torch import load_file, save_file
+from test_formulas import agrees, attached, trained
+from torch import nn
+
+from trimtab import (
+    CheckpointError,
+    DeloraConfig,
+    FourierFTConfig,
+    MissConfig,
+    PeftModel,
+    RandLoraConfig,
+    get_peft_model,
+)
+
+# ----------------------------------------------------------------------------------------------------------- MiSS
+
+
+@pytest.mark.parametrize("r", [2, 5])
+def test_miss_adds_one_block_to_all_shards(r: int) -> None:
+    """5 inputs: the third shard of length 2 is cut off."""
+    model, inputs, own = attached(MissConfig(r=r, target_modules=["first"]))
+    W = model.first.weight.detach().clone()
+    for column in range(5):
+        W[:, column] += own["first.D"][column % r]
+    agrees(model, inputs["x"], inputs["x"] @ W.T + model.first.bias)
+    assert trained(model) == r * 7
+
+
+def test_mini_miss_repeats_its_block_along_the_outputs() -> None:
+    model, _, own = attached(MissConfig(r=2, init_weights="mini", mini_r=3, target_modules=["second"]))
+    h = torch.randn(4, 7)
+    W = model.second.weight.detach().clone()
+    for row in range(6):
+        for column in range(7):
+            W[row, column] += own["second.D"][column % 2, row % 3]
+    torch.testing.assert_close(model.second(h), h @ W.T + model.second.bias)
+    assert trained(model) == 2 * 3
+
+
+def test_bat_multiplies_square_shards_by_a_block_of_their_rows() -> None:
+    model, _, own = attached(MissConfig(r=4, init_weights="bat"), models.gpt2())
+    site = model.transformer.h[0].attn.c_attn
+    W = site.weight.detach().T.clone()  # (48, 16)
+    blocks = own["transformer.h.0.attn.c_attn.D"]
+    assert blocks.shape == (12, 4, 4)
+    for i, D in enumerate(blocks):
+        for j in range(4):
+            W[4 * i : 4 * i + 4, 4 * j : 4 * j + 4] @= torch.eye(4) + D
+            W[4 * i : 4 * i + 4, 4 * j : 4 * j + 4] += D
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(site(x), x @ W.T + site.bias, rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(site.weight.T, W, rtol=1e-5, atol=1e-5)
+    assert trained(model) == 2 * 48 * 4
+
+
+# --------------------------------------------------------------------------------------------------------- DeLoRA
+
+
+def test_delora_learns_directions_apart_from_their_strength() -> None:
+    model, inputs, own = attached(DeloraConfig(r=2, delora_lambda=3, target_modules=["first"]))
+    W, l = model.first.weight.detach(), own["first.strength"]  # noqa: E741
+    directions = sum(
+        torch.outer(b / b.dot(b) ** 0.5, a / a.dot(a) ** 0.5)
+        for a, b in zip(own["first.A"], own["first.B"].T, strict=True)
+    )
+    lengths = torch.stack([column.dot(column) ** 0.5 for column in W.T])
+    changed = W + l / 2 * directions * lengths
+    agrees(model, inputs["x"], inputs["x"] @ changed.T + model.first.bias)
+    assert trained(model) == 2 * (5 + 7) + 1
+
+
+def test_delora_starts_with_its_strength_and_keeps_the_lengths_in_its_file(tmp_path: Path) -> None:
+    """On a base that has changed since, the lengths are still those of the start."""
+    model, _, own = attached(DeloraConfig(r=2, delora_lambda=3, init_weights=False, target_modules=["first"]))
+    lengths = model.first.weight.detach().norm(dim=0)
+    model.save_pretrained(tmp_path)
+    other = models.mlp().model
+    other.first.weight.data *= 2
+    loaded = PeftModel.from_pretrained(other, tmp_path).first.adapters["default"]
+    torch.testing.assert_close(loaded.norms, lengths)
+    assert torch.equal(loaded.strength, own["first.strength"])
+    config = DeloraConfig(r=2, delora_lambda=3, lambda_pattern={"second": 4}, target_modules=["first", "second"])
+    fresh = get_peft_model(models.mlp().model, config)
+    assert [site.adapters["default"].strength.item() for site in (fresh.first, fresh.second)] == [3, 4]
+
+
+# ------------------------------------------------------------------------------------------------ FourierFT, WaveFT
+
+
+def places(out: int, into: int, n: int, seed: int) -> list[tuple[int, int]]:
+    """The first n of the entries in a random order, which a file of HF PEFT's does not hold."""
+    order = torch.randperm(out * into, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [divmod(place, into) for place in order[:n]]
+
+
+def test_fourierft_adds_waves_at_random_frequencies() -> None:
+    """The inverse transform written out: each number is a cosine over rows and columns."""
+    config = FourierFTConfig(n_frequency=9, scaling=70, random_loc_seed=5, target_modules=["first"])
+    model, inputs, own = attached(config)
+    W = model.first.weight.detach().clone()
+    rows, columns = torch.arange(7)[:, None], torch.arange(5)
+    for value, (u, v) in zip(own["first.spectrum"], places(7, 5, 9, 5), strict=True):
+        W += 70 / 35 * value * torch.cos(2 * torch.pi * (u * rows / 7 + v * columns / 5))
+    agrees(model, inputs["x"], inputs["x"] @ W.T + model.first.bias)
+    assert trained(model) == 9
+
+
+def test_fourierft_starts_at_random_or_at_zero() -> None:
+    def start(init: bool) -> torch.Tensor:
+        config = FourierFTConfig(n_frequency=300, init_weights=init, target_modules=["c_attn"])
+        return get_peft_model(models.gpt2().model, config).transformer.h[0].attn.c_attn.adapters["default"].spectrum
+
+    assert not start(True).any()
+    assert start(False).std().item() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("method", [FourierFTConfig], ids=lambda method: method.peft_type)
+def test_places_are_held_once_for_each_size_and_not_saved(method: type[FourierFTConfig], tmp_path: Path) -> None:
+    """LLaMA's linear layers have 16 x 16, 8 x 16 and 24 x 16 weights, and 16 x 24, which is a size as well."""
+    config = method(n_frequency=9, target_modules="all-linear")
+    model, inputs, own = attached(config, models.llama())
+    assert trained(model) == 2 * 7 * 9 == sum(value.numel() for value in own.values())
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.llama().model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), expected, rtol=0, atol=0)
+    for found in (model, loaded):
+        sites = [module for module in found.modules() if "adapters" in module._modules]
+        assert len({id(next(iter(site.adapters.values())).places) for site in sites}) == 3
+
+
+# -------------------------------------------------------------------------------------------------------- RandLoRA
+
+
+@pytest.mark.parametrize(("site", "out", "into"), [("first", 7, 5), ("second", 6, 7)])
+def test_randlora_sums_scaled_products_of_random_matrices(site: str, out: int, into: int) -> None:
+    """More outputs than inputs, and fewer, where the sum is transposed. 2 products of rank 3."""
+    model, _, own = attached(RandLoraConfig(r=3, randlora_alpha=12, target_modules=["first", "second"]))
+    layer, short, long = model.get_submodule(site), min(out, into), max(out, into)
+    shared, L, G = layer.adapters["default"].shared, own[f"{site}.L"], own[f"{site}.G"]
+    rows = torch.stack([L[k, i] * shared.A[k, 0, :short] * G[i] for k in range(3) for i in range(2)])
+    columns = torch.stack([shared.B[:long, i, k] for i in range(2) for k in range(3)], 1)
+    D = 12 / 3 * columns @ rows
+    x = torch.randn(4, into)
+    expected = x @ (layer.weight + (D if into < out else D.T)).T + layer.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert torch.linalg.matrix_rank(D) == short
+    assert trained(model) == (3 * 2 + 2 * 5) + (3 * 2 + 2 * 6)
+
+
+def test_randlora_s_bases_have_deviation_1_and_the_share_of_zeros_that_was_asked_for() -> None:
+    def bases(**settings: bool) -> list[torch.Tensor]:
+        layers = nn.Sequential(nn.Linear(100, 225))
+        shared = get_peft_model(layers, RandLoraConfig(target_modules=["0"], **settings))[0].adapters["default"].shared
+        return [shared.A, shared.B]
+
+    for dense, sparse, very in zip(bases(), bases(sparse=True), bases(very_sparse=True), strict=True):
+        assert [found.std().item() for found in (dense, sparse, very)] == pytest.approx([1] * 3, abs=0.01)
+        assert [(found != 0).float().mean().item() for found in (dense, sparse, very)] == pytest.approx(
+            [1, 1 / 3, 1 / 10], abs=0.02
+        )
+
+
+def test_randlora_reads_the_copies_that_hf_peft_saves_for_every_layer(tmp_path: Path) -> None:
+    """If they are copies: another one at some layer is refused, which the one that all share could not be."""
+    model, inputs, _ = attached(RandLoraConfig(r=3, target_modules=["first"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    saved = load_file(path)
+    copied = {"base_model.model.first.randlora_A": saved["base_model.randlora_A"].clone()}
+    save_file(saved | copied, path)
+    loaded = PeftModel.from_pretrained(models.mlp().model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=0, atol=0)
+    save_file(saved | {key: value + 1 for key, value in copied.items()}, path)
+    with pytest.raises(CheckpointError, match=r"Unexpected: base_model.model.first.randlora_A"):
+        PeftModel.from_pretrained(models.mlp().model, tmp_path)
