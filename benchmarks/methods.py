@@ -73,6 +73,7 @@ ROWS = [
     Row("multitask_prompt_tuning", "multitask_prompt_tuning", 1e-2),
     Row("oft", "oft", 2e-3),
     Row("p_tuning", "p_tuning", 2e-3),
+    Row("poly", "poly", 8e-3),
     Row("prefix_tuning", "prefix_tuning", 1e-2),
     Row("prompt_tuning", "prompt_tuning", 1e-2),
     Row("randlora", "randlora", 8e-3),

@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "multitask_prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "oft": {**LINEAR, "oft_block_size": 4},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 7, "task_type": "CAUSAL_LM"},
+    "poly": {**LINEAR, "r": 2},
     "prefix_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "randlora": {**LINEAR, "r": 4, "randlora_alpha": 20},

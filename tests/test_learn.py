@@ -22,6 +22,7 @@ from trimtab import (
     MissConfig,
     OFTConfig,
     PeftConfig,
+    PolyConfig,
     RandLoraConfig,
     TrainableTokensConfig,
     VeraConfig,
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "miss-bat": (MissConfig(r=8, init_weights="bat", target_modules=["0", "2"]), 0.02, 0.1),
     "delora": (DeloraConfig(r=4, delora_lambda=1, target_modules=["0", "2"]), 0.02, 0.2),
     "fourierft": (FourierFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.05, 0.3),
+    "poly": (PolyConfig(r=4, target_modules=["0", "2"]), 0.05, 0.3),
     "randlora": (RandLoraConfig(r=4, randlora_alpha=40, target_modules=["0", "2"]), 0.02, 0.1),
 }
 

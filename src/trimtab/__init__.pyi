@@ -52,6 +52,7 @@ from .methods.miss import MissConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .methods.poly import PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .methods.randlora import RandLoraConfig
@@ -107,6 +108,7 @@ __all__ = [
     "PartialTargetWarning",
     "PeftConfig",
     "PeftModel",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

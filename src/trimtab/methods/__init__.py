@@ -23,6 +23,7 @@ from .miss import MissConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
+from .poly import PolyConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
 from .randlora import RandLoraConfig
@@ -53,6 +54,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
+    "poly": PolyConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
     "randlora": RandLoraConfig,
