@@ -286,8 +286,8 @@ says so; compacter has reduction_factor=16, and adalora's schedule is fitted to 
   the training split that are not trained on, after one epoch on {run["tried"]:,} others; where it is an end of the
   range, up to two more beyond are tried. `*`: still an end. Where none reaches {BEGUN}, as with methods that begin
   slowly, they are tried once more on all sentences.
-- s/step: mean over the training of the processor's time, with one thread for each method and {run["jobs"]} methods at
-  a time. The wall clock, in methods.json, also measures what else the machine did.
+- s/step: mean over the training of the processor's time, with one thread for each method and one or two methods at a
+  time. The wall clock, in methods.json, also measures what else the machine did.
 - peak memory: of the training's own process, beyond what it held before the model was loaded.
 - on disk: the adapter's file with the classifier; for the first two lines the trained parameters.
 
@@ -295,11 +295,22 @@ says so; compacter has reduction_factor=16, and adalora's schedule is fitted to 
 """
 
 
+def added(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The lines of both, measured alike, in the order of the table; where both have one, the new one."""
+    alike = ("sentences", "tried", "held_out", "dev")
+    if any(before[key] != now[key] for key in alike):
+        raise SystemExit(f"error: the lines that are there were measured with other {', '.join(alike)}.")
+    found = {row["name"]: row for row in (*before["rows"], *now["rows"])}
+    order = [row.name for row in ROWS if row.name in found]
+    return {**now, "minutes": before["minutes"] + now["minutes"], "rows": [found[name] for name in order]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks")
     parser.add_argument("--rows", nargs="*", default=[row.name for row in ROWS], help="lines of the table; all")
+    parser.add_argument("--add", action="store_true", help="keep the lines of methods.json that are not measured now")
     parser.add_argument("--sentences", type=int, default=4000, help="trained on in the end")
     parser.add_argument("--tried", type=int, default=1280, help="of them, trained on with each learning rate")
     parser.add_argument("--held-out", type=int, default=512, help="sentences that choose the learning rate")
@@ -327,6 +338,9 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
         "minutes": (time.perf_counter() - started) / 60, "rows": measured,
     }  # fmt: skip
+    known = given.output / "methods.json"
+    if given.add and known.exists():
+        run = added(json.loads(known.read_text(encoding="utf-8")), run)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "methods.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     (given.output / "methods.md").write_text(page(run), encoding="utf-8")

@@ -34,6 +34,16 @@ def test_the_page_says_what_was_measured(script: ModuleType) -> None:
     assert {row["name"] for row in run["rows"]} == {row.name for row in script.ROWS}
 
 
+def test_lines_that_are_added_keep_the_others(script: ModuleType) -> None:
+    alike = {"sentences": 4, "tried": 3, "held_out": 2, "dev": 1}
+    rows = [{"name": name, "accuracy": 0.5} for name in ("vera", "lora")]
+    before, now = ({**alike, "minutes": 2.0, "rows": own} for own in (rows, [{"name": "lora", "accuracy": 0.6}]))
+    found = script.added(before, now)
+    assert found == {**alike, "minutes": 4.0, "rows": [{"name": "lora", "accuracy": 0.6}, rows[0]]}
+    with pytest.raises(SystemExit, match="were measured with other sentences"):
+        script.added({**before, "tried": 9}, now)
+
+
 @pytest.mark.parametrize(
     ("scores", "tried", "best"),
     [
