@@ -76,6 +76,7 @@ ROWS = [
     Row("prefix_tuning", "prefix_tuning", 1e-2),
     Row("prompt_tuning", "prompt_tuning", 1e-2),
     Row("randlora", "randlora", 8e-3),
+    Row("shira", "shira", 4e-3),
     Row("trainable_tokens, 200 commonest", "trainable_tokens", 4e-3),
     Row("unipelt", "unipelt", 2e-3),
     Row("vera", "vera", 1e-2),

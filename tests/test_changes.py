@@ -17,6 +17,7 @@ from trimtab import (
     MissConfig,
     PeftModel,
     RandLoraConfig,
+    ShiraConfig,
     get_peft_model,
 )
 
@@ -183,3 +184,40 @@ def test_randlora_reads_the_copies_that_hf_peft_saves_for_every_layer(tmp_path: 
     save_file(saved | {key: value + 1 for key, value in copied.items()}, path)
     with pytest.raises(CheckpointError, match=r"Unexpected: base_model.model.first.randlora_A"):
         PeftModel.from_pretrained(models.mlp().model, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- SHiRA
+
+
+def test_shira_adds_numbers_at_its_places() -> None:
+    model, inputs, own = attached(ShiraConfig(r=2, target_modules=["first"]))
+    places = model.first.adapters["default"].places.T.tolist()
+    assert len({tuple(place) for place in places}) == 2 * (5 + 7)
+    W = model.first.weight.detach().clone()
+    for value, (row, column) in zip(own["first.values"], places, strict=True):
+        W[row, column] += value
+    agrees(model, inputs["x"], inputs["x"] @ W.T + model.first.bias)
+    assert trained(model) == 2 * (5 + 7)
+    assert torch.linalg.matrix_rank(W - models.mlp().model.first.weight) == 5  # though r is 2
+
+
+def test_shira_s_places_follow_from_the_seed_if_there_is_one() -> None:
+    def places(seed: int | None) -> list[torch.Tensor]:
+        model = get_peft_model(models.gpt2().model, ShiraConfig(r=2, random_seed=seed))
+        return [block.attn.c_attn.adapters["default"].places for block in model.transformer.h]
+
+    (first, second), (again, _), (other, _) = places(3), places(3), places(4)
+    assert torch.equal(first, second)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    first, second = places(None)
+    assert not torch.equal(first, second)
+
+
+def test_shira_s_file_holds_any_places(tmp_path: Path) -> None:
+    model, inputs, _ = attached(ShiraConfig(r=2, target_modules=["first"]))
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"random"', '"my_custom_mask"'))
+    loaded = PeftModel.from_pretrained(models.mlp().model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=0, atol=0)

@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "randlora": {**LINEAR, "r": 4, "randlora_alpha": 20},
+    "shira": {**LINEAR, "r": 4},
     "trainable_tokens": {"token_indices": IDS[0, 2:6].tolist()},
     "unipelt": {"num_virtual_tokens": 3, "r": 2, "reduction_factor": 4},
     "vera": {**LINEAR, "r": 4},

@@ -124,6 +124,8 @@ CASES = [
     *rows("RandLora", ["llama"], r=3, randlora_alpha=9, sparse=True, save_projection=False),
     *rows("RandLora", ["gpt2"], r=3, randlora_alpha=9, very_sparse=True, save_projection=False),
     *rows("RandLora", ["bert"], r=20, bias="randlora_only", init_weights=False),
+    *rows("Shira", NO_GPT2, r=4),
+    *rows("Shira", ["llama"], r=2, random_seed=3, init_weights=False),
     *rows("TrainableTokens", ["llama", "opt", "bert", "t5", "gpt2"], target_modules=None, token_indices=TOKENS),
     *rows("TrainableTokens", ["llama"], target_modules=["lm_head"], token_indices=[9, 2]),
     *rows("Lora", ["llama", "bert", "gpt2", "opt"], r=2, trainable_token_indices=TOKENS),

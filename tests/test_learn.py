@@ -23,6 +23,7 @@ from trimtab import (
     OFTConfig,
     PeftConfig,
     RandLoraConfig,
+    ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
 )
@@ -47,6 +48,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "delora": (DeloraConfig(r=4, delora_lambda=1, target_modules=["0", "2"]), 0.02, 0.2),
     "fourierft": (FourierFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.05, 0.3),
     "randlora": (RandLoraConfig(r=4, randlora_alpha=40, target_modules=["0", "2"]), 0.02, 0.1),
+    "shira": (ShiraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.2),
 }
 
 

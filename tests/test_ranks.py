@@ -24,6 +24,7 @@ from trimtab import (
     MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
+    ShiraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -57,6 +58,8 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
     (models.mlp, DeloraConfig(r=6, **FIRST), BOTH),
     (models.mlp, FourierFTConfig(n_frequency=36, **FIRST), "^first has 35 places: n_frequency=36 .* Closest: 35"),
     (models.mlp, FourierFTConfig(n_frequency=3, n_frequency_pattern={"first": 0}, **FIRST), "^first .* Closest: 1,"),
+    (models.mlp, ShiraConfig(r=3, **FIRST), r"^first has 35 entries, fewer than r=3 means: 3 \* 12\. Closest: 2\."),
+    (models.mlp, ShiraConfig(r=1, mask_type="snip", **FIRST), "mask_type='snip': .* Closest: 'random'"),
 ]  # fmt: skip
 
 

@@ -55,6 +55,7 @@ from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizati
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .methods.randlora import RandLoraConfig
+from .methods.shira import ShiraConfig
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .methods.unipelt import UniPeltConfig
@@ -115,6 +116,7 @@ __all__ = [
     "QuantizedMergeWarning",
     "RandLoraConfig",
     "RecipeError",
+    "ShiraConfig",
     "TargetError",
     "TaskType",
     "TrainableTokensConfig",

@@ -26,6 +26,7 @@ from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
 from .randlora import RandLoraConfig
+from .shira import ShiraConfig
 from .trainable_tokens import TrainableTokensConfig
 from .unipelt import UniPeltConfig
 from .vera import VeraConfig
@@ -56,6 +57,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
     "randlora": RandLoraConfig,
+    "shira": ShiraConfig,
     "trainable_tokens": TrainableTokensConfig,
     "unipelt": UniPeltConfig,
     "vera": VeraConfig,
