@@ -80,6 +80,7 @@ ROWS = [
     Row("trainable_tokens, 200 commonest", "trainable_tokens", 4e-3),
     Row("unipelt", "unipelt", 2e-3),
     Row("vera", "vera", 1e-2),
+    Row("waveft", "waveft", 1.6e-2),
 ]
 
 

@@ -12,14 +12,17 @@ from torch import nn
 
 from trimtab import (
     CheckpointError,
+    ConfigError,
     DeloraConfig,
     FourierFTConfig,
     MissConfig,
     PeftModel,
     RandLoraConfig,
     ShiraConfig,
+    WaveFTConfig,
     get_peft_model,
 )
+from trimtab.methods.waveft import filters
 
 # ----------------------------------------------------------------------------------------------------------- MiSS
 
@@ -124,8 +127,10 @@ def test_fourierft_starts_at_random_or_at_zero() -> None:
     assert start(False).std().item() == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("method", [FourierFTConfig], ids=lambda method: method.peft_type)
-def test_places_are_held_once_for_each_size_and_not_saved(method: type[FourierFTConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [FourierFTConfig, WaveFTConfig], ids=lambda method: method.peft_type)
+def test_places_are_held_once_for_each_size_and_not_saved(
+    method: type[FourierFTConfig | WaveFTConfig], tmp_path: Path
+) -> None:
     """LLaMA's linear layers have 16 x 16, 8 x 16 and 24 x 16 weights, and 16 x 24, which is a size as well."""
     config = method(n_frequency=9, target_modules="all-linear")
     model, inputs, own = attached(config, models.llama())
@@ -137,6 +142,53 @@ def test_places_are_held_once_for_each_size_and_not_saved(method: type[FourierFT
     for found in (model, loaded):
         sites = [module for module in found.modules() if "adapters" in module._modules]
         assert len({id(next(iter(site.adapters.values())).places) for site in sites}) == 3
+
+
+def test_waveft_adds_haar_s_wavelets_at_random_places() -> None:
+    """A 2 x 2 block is half the sum of its four bands, with signs. 7 x 5 are made even, 8 x 6, and cut off again."""
+    model, inputs, own = attached(WaveFTConfig(n_frequency=20, scaling=3, random_loc_seed=5, target_modules=["first"]))
+    C, D = torch.zeros(8, 6), torch.zeros(8, 6)
+    for value, place in zip(own["first.spectrum"], places(7, 5, 20, 5), strict=True):
+        C[place] = value
+    for i in range(4):
+        for j in range(3):
+            mean, rows, columns, both = C[i, j], C[i, 3 + j], C[4 + i, j], C[4 + i, 3 + j]
+            for p, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                D[2 * i + p, 2 * j + q] = (mean + (-1) ** p * rows + (-1) ** q * columns + (-1) ** (p + q) * both) / 2
+    W = model.first.weight.detach() + 3 * D[:7, :5]
+    agrees(model, inputs["x"], inputs["x"] @ W.T + model.first.bias)
+    assert trained(model) == 20
+
+
+@pytest.mark.parametrize("moments", range(1, 11))
+def test_daubechies_wavelets_are_orthogonal_and_have_their_moments(moments: int) -> None:
+    low, high = (torch.tensor(taps, dtype=torch.float64) for taps in filters(moments))
+    assert len(low) == len(high) == 2 * moments
+    assert low.sum().item() == pytest.approx(2**0.5)
+    for step in range(0, 2 * moments, 2):
+        rest = len(low) - step
+        products = [low[step:] @ low[:rest], high[step:] @ high[:rest], low[step:] @ high[:rest]]
+        assert [product.item() for product in products] == pytest.approx(2 * [float(step == 0)] + [0], abs=1e-9)
+    places = torch.linspace(-1, 1, 2 * moments, dtype=torch.float64)
+    assert all(abs(high @ places**power) < 1e-8 for power in range(moments))  # polynomials leave no trace
+    assert low[: moments + 1].norm() > low[moments:].norm()  # of all such filters the one of shortest delay
+
+
+def test_waveft_without_the_transform_and_with_shares_by_size() -> None:
+    """35 and 42 entries, of which 2 * 11 are trained: 10 and 12."""
+    config = WaveFTConfig(n_frequency=11, scaling=3, use_idwt=False, proportional_parameters=True,
+                          target_modules=["first", "second"])  # fmt: skip
+    model, inputs, own = attached(config)
+    assert [len(own["first.spectrum"]), len(own["second.spectrum"])] == [10, 12]
+    W = model.first.weight.detach().clone()
+    for value, place in zip(own["first.spectrum"], places(7, 5, 10, 777), strict=True):
+        W[place] += 3 * value
+    agrees(model, inputs["x"], inputs["x"] @ W.T + model.first.bias)
+
+
+def test_waveft_names_the_wavelets_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"wavelet_family='sym4': no such wavelet here. There is: db1, db2, .*db10"):
+        WaveFTConfig(wavelet_family="sym4")
 
 
 # -------------------------------------------------------------------------------------------------------- RandLoRA

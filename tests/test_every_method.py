@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"token_indices": IDS[0, 2:6].tolist()},
     "unipelt": {"num_virtual_tokens": 3, "r": 2, "reduction_factor": 4},
     "vera": {**LINEAR, "r": 4},
+    "waveft": {**LINEAR, "n_frequency": 100},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 

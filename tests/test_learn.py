@@ -26,6 +26,7 @@ from trimtab import (
     ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 
 # config, learning rate, and the share of the frozen model's loss that it must get below
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "fourierft": (FourierFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.05, 0.3),
     "randlora": (RandLoraConfig(r=4, randlora_alpha=40, target_modules=["0", "2"]), 0.02, 0.1),
     "shira": (ShiraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.2),
+    "waveft": (WaveFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.005, 0.3),
 }
 
 

@@ -26,6 +26,7 @@ from trimtab import (
     PeftModel,
     ShiraConfig,
     VeraConfig,
+    WaveFTConfig,
     get_peft_model,
 )
 
@@ -60,6 +61,7 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
     (models.mlp, FourierFTConfig(n_frequency=3, n_frequency_pattern={"first": 0}, **FIRST), "^first .* Closest: 1,"),
     (models.mlp, ShiraConfig(r=3, **FIRST), r"^first has 35 entries, fewer than r=3 means: 3 \* 12\. Closest: 2\."),
     (models.mlp, ShiraConfig(r=1, mask_type="snip", **FIRST), "mask_type='snip': .* Closest: 'random'"),
+    (models.mlp, WaveFTConfig(n_frequency=36, **FIRST), "^first has 35 places: n_frequency=36 .* Closest: 35"),
 ]  # fmt: skip
 
 

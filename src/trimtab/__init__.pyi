@@ -60,6 +60,7 @@ from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .methods.unipelt import UniPeltConfig
 from .methods.vera import VeraConfig
+from .methods.waveft import WaveFTConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
 from .tokens import nearest_tokens
@@ -126,6 +127,7 @@ __all__ = [
     "UniPeltConfig",
     "UnionConfig",
     "VeraConfig",
+    "WaveFTConfig",
     "get_peft_model",
     "initialize_lora_eva_weights",
     "nearest_tokens",

@@ -30,6 +30,7 @@ from .shira import ShiraConfig
 from .trainable_tokens import TrainableTokensConfig
 from .unipelt import UniPeltConfig
 from .vera import VeraConfig
+from .waveft import WaveFTConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
     "adalora": AdaLoraConfig,
@@ -61,4 +62,5 @@ METHODS: dict[str, type[PeftConfig]] = {
     "trainable_tokens": TrainableTokensConfig,
     "unipelt": UniPeltConfig,
     "vera": VeraConfig,
+    "waveft": WaveFTConfig,
 }
