@@ -55,6 +55,7 @@ from trimtab import (
     TrainableTokensConfig,
     UnionConfig,
     UniPeltConfig,
+    VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
     get_peft_model,
@@ -88,6 +89,8 @@ DETACHED = {"finite_differences": "the paper's gradient takes the norm of the ro
 _PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
 _SPECTRUM = "as in the paper the numbers start from a normal distribution"
 SPECTRUM = {"identity": _SPECTRUM, "switch": _SPECTRUM, "trains_in_float32": _SPECTRUM}
+_NEAR = "the numbers start near zero, not at it"
+NEAR = {"identity": _NEAR, "switch": _NEAR, "trains_in_float32": _NEAR}
 PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
 GATED = {"merge": "the gate depends on the input"}
 PREFIXED = {
@@ -260,6 +263,11 @@ ALL_SMALL_CONFIGS = [
          partial(models.convolutions, groups=2)),
     Case("waveft-encoder", WaveFTConfig(n_frequency=50, scaling=4, target_modules=["self_attn", "linear1"]),
          models.encoder),
+    Case("vblora", VBLoRAConfig(r=2, num_vectors=9, vector_length=8, topk=3, bias="vblora_only"),
+         partial(models.gpt2, initializer_range=0.2), NEAR),
+    Case("vblora-dropout", VBLoRAConfig(r=2, num_vectors=9, vector_length=4, topk=2, vblora_dropout=0.3,
+                                        target_modules=["query", "output.dense"]),
+         partial(models.bert, initializer_range=0.2), NEAR),
     Case("trainable_tokens", TrainableTokensConfig(token_indices=TOKENS), models.llama, COARSE),
     Case("trainable_tokens-tied", TrainableTokensConfig(token_indices=TOKENS),
          partial(models.gpt2, initializer_range=0.2)),

@@ -1,5 +1,6 @@
 """Methods that add a change to a layer's weight, each against its paper's formula, written here a second time."""
 
+import math
 from pathlib import Path
 
 import models
@@ -19,6 +20,7 @@ from trimtab import (
     PeftModel,
     RandLoraConfig,
     ShiraConfig,
+    VBLoRAConfig,
     WaveFTConfig,
     get_peft_model,
 )
@@ -273,3 +275,51 @@ def test_shira_s_file_holds_any_places(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"random"', '"my_custom_mask"'))
     loaded = PeftModel.from_pretrained(models.mlp().model, tmp_path)
     torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=0, atol=0)
+
+
+# -------------------------------------------------------------------------------------------- VB-LoRA, Uni-LoRA
+
+
+def chosen(logits: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
+    """The mean of the k vectors of the highest logits (h,), weighted by their exponentials."""
+    order = sorted(range(len(bank)), key=lambda place: -logits[place])[:k]
+    factors = torch.tensor([math.exp(logits[place]) for place in order])
+    return sum(factor * bank[place] for factor, place in zip(factors / factors.sum(), order, strict=True))
+
+
+def test_vblora_puts_its_matrices_together_from_one_bank() -> None:
+    config = VBLoRAConfig(r=3, num_vectors=9, vector_length=4, target_modules=["c_attn", "c_proj"])
+    model, _, own = attached(config, models.gpt2())
+    name = "transformer.h.0.attn.c_attn"
+    site = model.get_submodule(name)
+    bank = own[f"{name}.bank.values"]
+    W = site.weight.detach().T.clone()  # (48, 16)
+    for k in range(3):
+        row = torch.cat([chosen(own[f"{name}.logits_A"][k, part], bank, 2) for part in range(4)])
+        column = torch.cat([chosen(own[f"{name}.logits_B"][part, k], bank, 2) for part in range(12)])
+        W += torch.outer(column, row)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(site(x), x @ W.T + site.bias, rtol=1e-5, atol=1e-5)
+    sides = 2 * (48 + 16 + 16 + 16 + 24 + 16)  # of c_attn, attention's c_proj and the other c_proj
+    assert trained(model) == 9 * 4 + sides // 4 * 3 * 9
+
+
+def test_vblora_s_bank_is_one_in_memory_and_in_the_file(tmp_path: Path) -> None:
+    model, inputs, _ = attached(VBLoRAConfig(r=3, num_vectors=9, vector_length=4), models.gpt2())
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(keys) == 1 + 2 * 2
+    loaded = PeftModel.from_pretrained(models.gpt2().model, tmp_path, is_trainable=True)
+    assert len({id(block.attn.c_attn.adapters["default"].bank.values) for block in loaded.transformer.h}) == 1
+    torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=0, atol=0)
+    output(loaded, inputs).sum().backward()
+    assert loaded.transformer.h[1].attn.c_attn.adapters["default"].bank.values.grad.norm() > 0
+
+
+def test_vblora_starts_within_its_bounds_and_wants_as_many_vectors_as_it_mixes() -> None:
+    config = VBLoRAConfig(num_vectors=300, vector_length=16, init_vector_bank_bound=0.5, init_logits_std=3)
+    adapter = get_peft_model(models.gpt2().model, config).transformer.h[0].attn.c_attn.adapters["default"]
+    assert -0.5 <= adapter.bank.values.min() < -0.49 < 0.49 < adapter.bank.values.max() <= 0.5
+    assert adapter.logits_A.std().item() == pytest.approx(3, abs=0.3)
+    with pytest.raises(ConfigError, match=r"topk=4 of num_vectors=3 there are not. Closest: 3"):
+        VBLoRAConfig(num_vectors=3, topk=4)

@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shira": {**LINEAR, "r": 4},
     "trainable_tokens": {"token_indices": IDS[0, 2:6].tolist()},
     "unipelt": {"num_virtual_tokens": 3, "r": 2, "reduction_factor": 4},
+    "vblora": {**LINEAR, "r": 4, "num_vectors": 20, "vector_length": 8},
     "vera": {**LINEAR, "r": 4},
     "waveft": {**LINEAR, "n_frequency": 100},
 }

@@ -131,6 +131,8 @@ CASES = [
     *rows("WaveFT", ["mlp"], n_frequency=15, wavelet_family="db10", n_frequency_pattern={"second": 10}),
     *rows("WaveFT", ["llama"], n_frequency=90, proportional_parameters=True, scaling=3, init_weights=False),
     *rows("WaveFT", ["bert"], n_frequency=50, bias="waveft_only", use_idwt=False, scaling=3),
+    *rows("VBLoRA", r=3, num_vectors=20, vector_length=4),
+    *rows("VBLoRA", ["bert"], r=2, num_vectors=20, vector_length=4, topk=3, bias="vblora_only"),
     *rows("TrainableTokens", ["llama", "opt", "bert", "t5", "gpt2"], target_modules=None, token_indices=TOKENS),
     *rows("TrainableTokens", ["llama"], target_modules=["lm_head"], token_indices=[9, 2]),
     *rows("Lora", ["llama", "bert", "gpt2", "opt"], r=2, trainable_token_indices=TOKENS),

@@ -25,6 +25,7 @@ from trimtab import (
     RandLoraConfig,
     ShiraConfig,
     TrainableTokensConfig,
+    VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
 )
@@ -51,6 +52,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "randlora": (RandLoraConfig(r=4, randlora_alpha=40, target_modules=["0", "2"]), 0.02, 0.1),
     "shira": (ShiraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.2),
     "waveft": (WaveFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.005, 0.3),
+    "vblora": (VBLoRAConfig(r=4, num_vectors=64, vector_length=8, target_modules=["0", "2"]), 0.05, 0.3),
 }
 
 

@@ -25,6 +25,7 @@ from trimtab import (
     PeftConfig,
     PeftModel,
     ShiraConfig,
+    VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
     get_peft_model,
@@ -62,6 +63,8 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
     (models.mlp, ShiraConfig(r=3, **FIRST), r"^first has 35 entries, fewer than r=3 means: 3 \* 12\. Closest: 2\."),
     (models.mlp, ShiraConfig(r=1, mask_type="snip", **FIRST), "mask_type='snip': .* Closest: 'random'"),
     (models.mlp, WaveFTConfig(n_frequency=36, **FIRST), "^first has 35 places: n_frequency=36 .* Closest: 35"),
+    (models.gpt2, VBLoRAConfig(), r"c_attn: vector_length=256 must divide its .*, 16 and 48\. Closest: 16\."),
+    (models.gpt2, VBLoRAConfig(r=17, vector_length=8), "has a rank of 16 at most: 17 is too much"),
 ]  # fmt: skip
 
 

@@ -59,6 +59,7 @@ from .methods.shira import ShiraConfig
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .methods.unipelt import UniPeltConfig
+from .methods.vblora import VBLoRAConfig
 from .methods.vera import VeraConfig
 from .methods.waveft import WaveFTConfig
 from .model import PeftModel, get_peft_model
@@ -126,6 +127,7 @@ __all__ = [
     "TrimtabError",
     "UniPeltConfig",
     "UnionConfig",
+    "VBLoRAConfig",
     "VeraConfig",
     "WaveFTConfig",
     "get_peft_model",

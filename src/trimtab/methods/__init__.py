@@ -29,6 +29,7 @@ from .randlora import RandLoraConfig
 from .shira import ShiraConfig
 from .trainable_tokens import TrainableTokensConfig
 from .unipelt import UniPeltConfig
+from .vblora import VBLoRAConfig
 from .vera import VeraConfig
 from .waveft import WaveFTConfig
 
@@ -61,6 +62,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "shira": ShiraConfig,
     "trainable_tokens": TrainableTokensConfig,
     "unipelt": UniPeltConfig,
+    "vblora": VBLoRAConfig,
     "vera": VeraConfig,
     "waveft": WaveFTConfig,
 }
