@@ -78,6 +78,7 @@ ROWS = [
     Row("randlora", "randlora", 8e-3),
     Row("shira", "shira", 4e-3),
     Row("trainable_tokens, 200 commonest", "trainable_tokens", 4e-3),
+    Row("unilora", "unilora", 8e-3),
     Row("unipelt", "unipelt", 2e-3),
     Row("vblora", "vblora", 8e-3, {"vector_length": 128}),
     Row("vera", "vera", 1e-2),

@@ -20,6 +20,7 @@ from trimtab import (
     PeftModel,
     RandLoraConfig,
     ShiraConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     WaveFTConfig,
     get_peft_model,
@@ -323,3 +324,41 @@ def test_vblora_starts_within_its_bounds_and_wants_as_many_vectors_as_it_mixes()
     assert adapter.logits_A.std().item() == pytest.approx(3, abs=0.3)
     with pytest.raises(ConfigError, match=r"topk=4 of num_vectors=3 there are not. Closest: 3"):
         VBLoRAConfig(num_vectors=3, topk=4)
+
+
+def test_unilora_takes_all_matrices_from_one_vector() -> None:
+    """13 * 2 + 12 * 2 = 50 entries of 20 numbers: 2 entries each, and a third for half of them."""
+    config = UniLoraConfig(r=2, theta_d_length=20, target_modules=["first", "second"])
+    model, inputs, own = attached(config)
+    projection = model.first.adapters["default"].projection
+    assert projection is model.second.adapters["default"].projection
+    vector, index = own["first.vector.values"], projection.index.tolist()
+    counts = [index.count(number) for number in range(20)]
+    assert (len(index), sorted(counts)) == (2 * (5 + 7) + 2 * (7 + 6), 10 * [2] + 10 * [3])
+    entries = torch.stack([vector[number] / counts[number] ** 0.5 for number in index])
+    A, B, second_A, second_B = entries.split([2 * 5, 7 * 2, 2 * 7, 6 * 2])
+    h = torch.randn(3, 7)
+    changed = model.second.weight + second_B.view(6, 2) @ second_A.view(2, 7)
+    torch.testing.assert_close(model.second(h), h @ changed.T + model.second.bias, rtol=1e-5, atol=1e-6)
+    agrees(model, inputs["x"], inputs["x"] @ (model.first.weight + B.view(7, 2) @ A.view(2, 5)).T + model.first.bias)
+    assert trained(model) == 20
+
+
+def test_unilora_keeps_lengths_and_saves_the_vector_alone(tmp_path: Path) -> None:
+    model, inputs, own = attached(UniLoraConfig(r=2, theta_d_length=20), models.gpt2())
+    pairs = [block.attn.c_attn.adapters["default"].pair() for block in model.transformer.h]
+    length = sum(matrix.square().sum() for pair in pairs for matrix in pair)
+    vector = next(iter(own.values()))
+    torch.testing.assert_close(length.detach(), vector.square().sum())
+    model.save_pretrained(tmp_path)
+    assert list(load_file(tmp_path / "adapter_model.safetensors")) == ["base_model.unilora_theta_d"]
+    loaded = PeftModel.from_pretrained(models.gpt2().model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_unilora_starts_within_its_bound_or_normally(init: bool) -> None:
+    config = UniLoraConfig(theta_d_length=500, init_theta_d_bound=0.5, init_weights=init)
+    values = get_peft_model(models.gpt2().model, config).transformer.h[0].attn.c_attn.adapters["default"].vector.values
+    assert (values.abs().max() <= 0.5) == init
+    assert values.std().item() == pytest.approx(0.5 / 3**0.5 if init else 1, abs=0.1)

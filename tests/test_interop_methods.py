@@ -131,6 +131,9 @@ CASES = [
     *rows("WaveFT", ["mlp"], n_frequency=15, wavelet_family="db10", n_frequency_pattern={"second": 10}),
     *rows("WaveFT", ["llama"], n_frequency=90, proportional_parameters=True, scaling=3, init_weights=False),
     *rows("WaveFT", ["bert"], n_frequency=50, bias="waveft_only", use_idwt=False, scaling=3),
+    *rows("UniLora", r=3),
+    *rows("UniLora", ["llama", "gpt2"], r=2, theta_d_length=300, proj_seed=5),
+    *rows("UniLora", ["bert"], r=2, bias="unilora_only", init_weights=False, theta_d_length=90),
     *rows("VBLoRA", r=3, num_vectors=20, vector_length=4),
     *rows("VBLoRA", ["bert"], r=2, num_vectors=20, vector_length=4, topk=3, bias="vblora_only"),
     *rows("TrainableTokens", ["llama", "opt", "bert", "t5", "gpt2"], target_modules=None, token_indices=TOKENS),
@@ -149,6 +152,7 @@ ABOVE = [
     *rows("LoHa", ["mlp", "pixels"], r=9, target_modules=lambda name: ["first"] if name == "mlp" else ["head"]),
     *rows("LoKr", ["pixels"], r=8, target_modules=["plane", "point"]),
     *rows("HRA", ["mlp"], r=10, target_modules=["first"]),
+    *rows("UniLora", ["llama"], r=2, theta_d_length=500),  # numbers that no entry takes
 ]
 
 

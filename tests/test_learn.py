@@ -25,6 +25,7 @@ from trimtab import (
     RandLoraConfig,
     ShiraConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
@@ -53,6 +54,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "shira": (ShiraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.2),
     "waveft": (WaveFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.005, 0.3),
     "vblora": (VBLoRAConfig(r=4, num_vectors=64, vector_length=8, target_modules=["0", "2"]), 0.05, 0.3),
+    "unilora": (UniLoraConfig(r=4, theta_d_length=300, target_modules=["0", "2"]), 0.1, 0.3),
 }
 
 

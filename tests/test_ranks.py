@@ -25,6 +25,7 @@ from trimtab import (
     PeftConfig,
     PeftModel,
     ShiraConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
@@ -65,6 +66,8 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
     (models.mlp, WaveFTConfig(n_frequency=36, **FIRST), "^first has 35 places: n_frequency=36 .* Closest: 35"),
     (models.gpt2, VBLoRAConfig(), r"c_attn: vector_length=256 must divide its .*, 16 and 48\. Closest: 16\."),
     (models.gpt2, VBLoRAConfig(r=17, vector_length=8), "has a rank of 16 at most: 17 is too much"),
+    (models.mlp, UniLoraConfig(r=6, theta_d_length=9, **FIRST), TOO_MUCH + "exclude_modules="),
+    (models.mlp, UniLoraConfig(r=2, **FIRST), "^All A and B have 24 entries: theta_d_length=256 .* Closest: 24"),
 ]  # fmt: skip
 
 

@@ -57,6 +57,7 @@ from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .methods.randlora import RandLoraConfig
 from .methods.shira import ShiraConfig
 from .methods.trainable_tokens import TrainableTokensConfig
+from .methods.unilora import UniLoraConfig
 from .methods.union import UnionConfig
 from .methods.unipelt import UniPeltConfig
 from .methods.vblora import VBLoRAConfig
@@ -125,6 +126,7 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "TrimtabError",
+    "UniLoraConfig",
     "UniPeltConfig",
     "UnionConfig",
     "VBLoRAConfig",

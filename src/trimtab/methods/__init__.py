@@ -28,6 +28,7 @@ from .prompt_tuning import PromptTuningConfig
 from .randlora import RandLoraConfig
 from .shira import ShiraConfig
 from .trainable_tokens import TrainableTokensConfig
+from .unilora import UniLoraConfig
 from .unipelt import UniPeltConfig
 from .vblora import VBLoRAConfig
 from .vera import VeraConfig
@@ -61,6 +62,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "randlora": RandLoraConfig,
     "shira": ShiraConfig,
     "trainable_tokens": TrainableTokensConfig,
+    "unilora": UniLoraConfig,
     "unipelt": UniPeltConfig,
     "vblora": VBLoRAConfig,
     "vera": VeraConfig,
