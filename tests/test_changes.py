@@ -20,6 +20,7 @@ from trimtab import (
     PeftModel,
     RandLoraConfig,
     ShiraConfig,
+    TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
     WaveFTConfig,
@@ -362,3 +363,69 @@ def test_unilora_starts_within_its_bound_or_normally(init: bool) -> None:
     values = get_peft_model(models.gpt2().model, config).transformer.h[0].attn.c_attn.adapters["default"].vector.values
     assert (values.abs().max() <= 0.5) == init
     assert values.std().item() == pytest.approx(0.5 / 3**0.5 if init else 1, abs=0.1)
+
+
+# -------------------------------------------------------------------------------------------------------- TinyLoRA
+
+
+def between(W: torch.Tensor, v: torch.Tensor, r: int, seed: int) -> torch.Tensor:
+    """The change of a weight: U sqrt(S) (sum of v_i P_i) sqrt(S) V^T of its first r singular vectors."""
+    P = torch.normal(0.0, r**-0.5, (len(v), r, r), generator=torch.Generator().manual_seed(seed))
+    U, S, V = torch.linalg.svd(W)
+    half = torch.diag(S[:r].sqrt())
+    return U[:, :r] @ half @ sum(number * P[i] for i, number in enumerate(v)) @ half @ V[:r]
+
+
+def test_tinylora_mixes_random_matrices_between_singular_vectors() -> None:
+    """The second site's seed is one higher."""
+    model, inputs, own = attached(TinyLoraConfig(r=3, u=4, projection_seed=8, target_modules=["first", "second"]))
+    h = torch.randn(3, 7)
+    W = model.second.weight + between(model.second.weight, own["second.shared.values"], 3, 9)
+    torch.testing.assert_close(model.second(h), h @ W.T + model.second.bias, rtol=1e-4, atol=1e-5)
+    W = model.first.weight + between(model.first.weight, own["first.shared.values"], 3, 8)
+    agrees(model, inputs["x"], inputs["x"] @ W.detach().T + model.first.bias)
+    assert trained(model) == 2 * 4
+
+
+def test_tinylora_changes_the_table_of_an_embedding() -> None:
+    model, inputs, own = attached(TinyLoraConfig(r=2, u=4, target_modules=["token"]), models.embeddings())
+    table = (model.token.weight + between(model.token.weight, own["token.shared.values"], 2, 42)).detach()
+    torch.testing.assert_close(model.token(inputs["input_ids"]), table[inputs["input_ids"]], rtol=1e-4, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(model.token.weight.detach(), table, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tying", "groups"), [(0, [0, 1, 2, 3, 4, 5]), (0.5, [0, 0, 1, 1, 2, 2]), (0.3, [0, 1, 2, 3, 3, 3]), (1, 6 * [0])]
+)
+def test_tinylora_s_sites_share_by_groups(tying: float, groups: list[int], tmp_path: Path) -> None:
+    """Six sites, of which 6 (1 - tying), rounded, have vectors of their own; the last one is for all that are left."""
+    config = TinyLoraConfig(u=4, weight_tying=tying, target_modules=["c_attn", "c_proj"])
+    model, inputs, _ = attached(config, models.gpt2())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.gpt2().model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=0, atol=0)
+    assert trained(model) == 4 * len(set(groups))
+    for found in (model, loaded):
+        adapters = [module.adapters["default"] for module in found.modules() if "adapters" in module._modules]
+        assert [adapter.group for adapter in adapters] == groups
+        vectors = [id(adapter.shared.values) for adapter in adapters]
+        assert [vectors.index(vector) for vector in vectors] == [groups.index(group) for group in groups]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_tinylora_s_file_holds_the_singular_vectors_and_may_hold_the_projections(saved: bool, tmp_path: Path) -> None:
+    model, inputs, _ = attached(TinyLoraConfig(u=4, save_projection=saved, target_modules=["first"]))
+    model.save_pretrained(tmp_path)
+    ends = sorted(key.rpartition("tinylora_")[2] for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert ends == ["A", "B", *["P"] * saved, "v.0"]
+    loaded = PeftModel.from_pretrained(models.mlp().model, tmp_path)
+    torch.testing.assert_close(output(loaded, inputs), output(model, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("init", "bound"), [(True, 0.0), ("uniform", 0.3), (False, 10.0)])
+def test_tinylora_s_starts(init: bool | str, bound: float) -> None:
+    config = TinyLoraConfig(u=900, init_weights=init, init_v_bound=0.3, target_modules=["first"])
+    v = get_peft_model(models.mlp().model, config).first.adapters["default"].shared.values
+    assert v.abs().max() <= bound
+    assert v.std().item() == pytest.approx({True: 0, "uniform": 0.3 / 3**0.5, False: 1}[init], abs=0.1)

@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "randlora": {**LINEAR, "r": 4, "randlora_alpha": 20},
     "shira": {**LINEAR, "r": 4},
+    "tinylora": {**LINEAR, "u": 6},
     "trainable_tokens": {"token_indices": IDS[0, 2:6].tolist()},
     "unilora": {**LINEAR, "theta_d_length": 100},
     "unipelt": {"num_virtual_tokens": 3, "r": 2, "reduction_factor": 4},

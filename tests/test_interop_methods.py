@@ -134,6 +134,10 @@ CASES = [
     *rows("UniLora", r=3),
     *rows("UniLora", ["llama", "gpt2"], r=2, theta_d_length=300, proj_seed=5),
     *rows("UniLora", ["bert"], r=2, bias="unilora_only", init_weights=False, theta_d_length=90),
+    *rows("TinyLora", u=9),
+    *rows("TinyLora", ["llama", "gpt2"], r=3, u=5, weight_tying=0.5, projection_seed=5, save_projection=False),
+    *rows("TinyLora", ["bert"], r=3, u=5, weight_tying=1, bias="tinylora_only", init_weights="uniform"),
+    *rows("TinyLora", ["embeddings"], u=5, target_modules=["token", "head"]),
     *rows("VBLoRA", r=3, num_vectors=20, vector_length=4),
     *rows("VBLoRA", ["bert"], r=2, num_vectors=20, vector_length=4, topk=3, bias="vblora_only"),
     *rows("TrainableTokens", ["llama", "opt", "bert", "t5", "gpt2"], target_modules=None, token_indices=TOKENS),
@@ -152,6 +156,7 @@ ABOVE = [
     *rows("LoHa", ["mlp", "pixels"], r=9, target_modules=lambda name: ["first"] if name == "mlp" else ["head"]),
     *rows("LoKr", ["pixels"], r=8, target_modules=["plane", "point"]),
     *rows("HRA", ["mlp"], r=10, target_modules=["first"]),
+    *rows("TinyLora", ["mlp"], r=9, u=5),
     *rows("UniLora", ["llama"], r=2, theta_d_length=500),  # numbers that no entry takes
 ]
 

@@ -24,6 +24,7 @@ from trimtab import (
     PeftConfig,
     RandLoraConfig,
     ShiraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
@@ -55,6 +56,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "waveft": (WaveFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.005, 0.3),
     "vblora": (VBLoRAConfig(r=4, num_vectors=64, vector_length=8, target_modules=["0", "2"]), 0.05, 0.3),
     "unilora": (UniLoraConfig(r=4, theta_d_length=300, target_modules=["0", "2"]), 0.1, 0.3),
+    "tinylora": (TinyLoraConfig(r=16, u=200, target_modules=["0", "2"]), 0.02, 0.5),
 }
 
 

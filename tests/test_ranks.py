@@ -25,6 +25,7 @@ from trimtab import (
     PeftConfig,
     PeftModel,
     ShiraConfig,
+    TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -68,6 +69,7 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
     (models.gpt2, VBLoRAConfig(r=17, vector_length=8), "has a rank of 16 at most: 17 is too much"),
     (models.mlp, UniLoraConfig(r=6, theta_d_length=9, **FIRST), TOO_MUCH + "exclude_modules="),
     (models.mlp, UniLoraConfig(r=2, **FIRST), "^All A and B have 24 entries: theta_d_length=256 .* Closest: 24"),
+    (models.mlp, TinyLoraConfig(r=6, **FIRST), TOO_MUCH + "exclude_modules="),
 ]  # fmt: skip
 
 

@@ -56,6 +56,7 @@ from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .methods.randlora import RandLoraConfig
 from .methods.shira import ShiraConfig
+from .methods.tinylora import TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.unilora import UniLoraConfig
 from .methods.union import UnionConfig
@@ -122,6 +123,7 @@ __all__ = [
     "ShiraConfig",
     "TargetError",
     "TaskType",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
     "Trainer",
     "TrainingError",

@@ -27,6 +27,7 @@ from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
 from .randlora import RandLoraConfig
 from .shira import ShiraConfig
+from .tinylora import TinyLoraConfig
 from .trainable_tokens import TrainableTokensConfig
 from .unilora import UniLoraConfig
 from .unipelt import UniPeltConfig
@@ -61,6 +62,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "prompt_tuning": PromptTuningConfig,
     "randlora": RandLoraConfig,
     "shira": ShiraConfig,
+    "tinylora": TinyLoraConfig,
     "trainable_tokens": TrainableTokensConfig,
     "unilora": UniLoraConfig,
     "unipelt": UniPeltConfig,
