@@ -77,9 +77,14 @@ ROWS = [
     Row("prefix_tuning", "prefix_tuning", 1e-2),
     Row("prompt_tuning", "prompt_tuning", 1e-2),
     Row("randlora", "randlora", 8e-3),
+    Row("shira", "shira", 4e-3),
+    Row("tinylora", "tinylora", 2e-2),
     Row("trainable_tokens, 200 commonest", "trainable_tokens", 4e-3),
+    Row("unilora", "unilora", 8e-3),
     Row("unipelt", "unipelt", 2e-3),
+    Row("vblora", "vblora", 8e-3, {"vector_length": 128}),
     Row("vera", "vera", 1e-2),
+    Row("waveft", "waveft", 1.6e-2),
 ]
 
 

@@ -44,9 +44,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "randlora": {**LINEAR, "r": 4, "randlora_alpha": 20},
+    "shira": {**LINEAR, "r": 4},
+    "tinylora": {**LINEAR, "u": 6},
     "trainable_tokens": {"token_indices": IDS[0, 2:6].tolist()},
+    "unilora": {**LINEAR, "theta_d_length": 100},
     "unipelt": {"num_virtual_tokens": 3, "r": 2, "reduction_factor": 4},
+    "vblora": {**LINEAR, "r": 4, "num_vectors": 20, "vector_length": 8},
     "vera": {**LINEAR, "r": 4},
+    "waveft": {**LINEAR, "n_frequency": 100},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 

@@ -144,6 +144,22 @@ CASES = [
     *rows("RandLora", ["llama"], r=3, randlora_alpha=9, sparse=True, save_projection=False),
     *rows("RandLora", ["gpt2"], r=3, randlora_alpha=9, very_sparse=True, save_projection=False),
     *rows("RandLora", ["bert"], r=20, bias="randlora_only", init_weights=False),
+    *rows("Shira", NO_GPT2, r=4),
+    *rows("Shira", ["llama"], r=2, random_seed=3, init_weights=False),
+    *rows("WaveFT", n_frequency=60, scaling=3),
+    *rows("WaveFT", ["mlp", "gpt2"], n_frequency=15, scaling=3, wavelet_family="db4", random_loc_seed=9),
+    *rows("WaveFT", ["mlp"], n_frequency=15, wavelet_family="db10", n_frequency_pattern={"second": 10}),
+    *rows("WaveFT", ["llama"], n_frequency=90, proportional_parameters=True, scaling=3, init_weights=False),
+    *rows("WaveFT", ["bert"], n_frequency=50, bias="waveft_only", use_idwt=False, scaling=3),
+    *rows("UniLora", r=3),
+    *rows("UniLora", ["llama", "gpt2"], r=2, theta_d_length=300, proj_seed=5),
+    *rows("UniLora", ["bert"], r=2, bias="unilora_only", init_weights=False, theta_d_length=90),
+    *rows("TinyLora", u=9),
+    *rows("TinyLora", ["llama", "gpt2"], r=3, u=5, weight_tying=0.5, projection_seed=5, save_projection=False),
+    *rows("TinyLora", ["bert"], r=3, u=5, weight_tying=1, bias="tinylora_only", init_weights="uniform"),
+    *rows("TinyLora", ["embeddings"], u=5, target_modules=["token", "head"]),
+    *rows("VBLoRA", r=3, num_vectors=20, vector_length=4),
+    *rows("VBLoRA", ["bert"], r=2, num_vectors=20, vector_length=4, topk=3, bias="vblora_only"),
     *rows("TrainableTokens", ["llama", "opt", "bert", "t5", "gpt2"], target_modules=None, token_indices=TOKENS),
     *rows("TrainableTokens", ["llama"], target_modules=["lm_head"], token_indices=[9, 2]),
     *rows("Lora", ["llama", "bert", "gpt2", "opt"], r=2, trainable_token_indices=TOKENS),
@@ -160,6 +176,8 @@ ABOVE = [
     *rows("LoHa", ["mlp", "pixels"], r=9, target_modules=lambda name: ["first"] if name == "mlp" else ["head"]),
     *rows("LoKr", ["pixels"], r=8, target_modules=["plane", "point"]),
     *rows("HRA", ["mlp"], r=10, target_modules=["first"]),
+    *rows("TinyLora", ["mlp"], r=9, u=5),
+    *rows("UniLora", ["llama"], r=2, theta_d_length=500),  # numbers that no entry takes
 ]
 
 

@@ -24,8 +24,13 @@ from trimtab import (
     PeftConfig,
     PolyConfig,
     RandLoraConfig,
+    ShiraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 
 # config, learning rate, and the share of the frozen model's loss that it must get below
@@ -49,6 +54,11 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "fourierft": (FourierFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.05, 0.3),
     "poly": (PolyConfig(r=4, target_modules=["0", "2"]), 0.05, 0.3),
     "randlora": (RandLoraConfig(r=4, randlora_alpha=40, target_modules=["0", "2"]), 0.02, 0.1),
+    "shira": (ShiraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.2),
+    "waveft": (WaveFTConfig(n_frequency=300, target_modules=["0", "2"]), 0.005, 0.3),
+    "vblora": (VBLoRAConfig(r=4, num_vectors=64, vector_length=8, target_modules=["0", "2"]), 0.05, 0.3),
+    "unilora": (UniLoraConfig(r=4, theta_d_length=300, target_modules=["0", "2"]), 0.1, 0.3),
+    "tinylora": (TinyLoraConfig(r=16, u=200, target_modules=["0", "2"]), 0.02, 0.5),
 }
 
 

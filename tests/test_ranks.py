@@ -24,7 +24,12 @@ from trimtab import (
     MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
+    ShiraConfig,
+    TinyLoraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
     get_peft_model,
 )
 
@@ -57,6 +62,14 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
     (models.mlp, DeloraConfig(r=6, **FIRST), BOTH),
     (models.mlp, FourierFTConfig(n_frequency=36, **FIRST), "^first has 35 places: n_frequency=36 .* Closest: 35"),
     (models.mlp, FourierFTConfig(n_frequency=3, n_frequency_pattern={"first": 0}, **FIRST), "^first .* Closest: 1,"),
+    (models.mlp, ShiraConfig(r=3, **FIRST), r"^first has 35 entries, fewer than r=3 means: 3 \* 12\. Closest: 2\."),
+    (models.mlp, ShiraConfig(r=1, mask_type="snip", **FIRST), "mask_type='snip': .* Closest: 'random'"),
+    (models.mlp, WaveFTConfig(n_frequency=36, **FIRST), "^first has 35 places: n_frequency=36 .* Closest: 35"),
+    (models.gpt2, VBLoRAConfig(), r"c_attn: vector_length=256 must divide its .*, 16 and 48\. Closest: 16\."),
+    (models.gpt2, VBLoRAConfig(r=17, vector_length=8), "has a rank of 16 at most: 17 is too much"),
+    (models.mlp, UniLoraConfig(r=6, theta_d_length=9, **FIRST), TOO_MUCH + "exclude_modules="),
+    (models.mlp, UniLoraConfig(r=2, **FIRST), "^All A and B have 24 entries: theta_d_length=256 .* Closest: 24"),
+    (models.mlp, TinyLoraConfig(r=6, **FIRST), TOO_MUCH + "exclude_modules="),
 ]  # fmt: skip
 
 

@@ -56,10 +56,15 @@ from .methods.poly import PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .methods.randlora import RandLoraConfig
+from .methods.shira import ShiraConfig
+from .methods.tinylora import TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig
+from .methods.unilora import UniLoraConfig
 from .methods.union import UnionConfig
 from .methods.unipelt import UniPeltConfig
+from .methods.vblora import VBLoRAConfig
 from .methods.vera import VeraConfig
+from .methods.waveft import WaveFTConfig
 from .model import PeftModel, get_peft_model
 from .targets import PartialTargetWarning
 from .tokens import nearest_tokens
@@ -117,15 +122,20 @@ __all__ = [
     "QuantizedMergeWarning",
     "RandLoraConfig",
     "RecipeError",
+    "ShiraConfig",
     "TargetError",
     "TaskType",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
     "Trainer",
     "TrainingError",
     "TrimtabError",
+    "UniLoraConfig",
     "UniPeltConfig",
     "UnionConfig",
+    "VBLoRAConfig",
     "VeraConfig",
+    "WaveFTConfig",
     "get_peft_model",
     "initialize_lora_eva_weights",
     "nearest_tokens",

@@ -141,6 +141,10 @@ class Adapter(nn.Module):
         """The end of the key under which HF PEFT saves the parameter `name` of this adapter."""
         return self.hf_names.get(name, name)
 
+    def hf_shared_key(self, name: str) -> str:
+        """The whole key of an entry that all adapters of a model share, or groups of them; '' for the others."""
+        return self.hf_shared.get(name, "")
+
     def computed(self) -> dict[str, Tensor]:
         """What HF PEFT's file holds that is no parameter here but follows from them; not read back."""
         return {}

@@ -38,7 +38,7 @@ def keys(adapters: Mapping[str, Adapter], config: PeftConfig) -> dict[tuple[str,
         flat = isinstance(adapter, InputAdapter) and adapter.hf_flat
         before = "" if flat else f"{config.hf_root}{_path(at, adapters)}."
         for name in adapter.state_dict():
-            found[path, name] = adapter.hf_shared.get(name) or before + adapter.hf_key(name)
+            found[path, name] = adapter.hf_shared_key(name) or before + adapter.hf_key(name)
     return found
 
 

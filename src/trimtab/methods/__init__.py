@@ -27,9 +27,14 @@ from .poly import PolyConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
 from .randlora import RandLoraConfig
+from .shira import ShiraConfig
+from .tinylora import TinyLoraConfig
 from .trainable_tokens import TrainableTokensConfig
+from .unilora import UniLoraConfig
 from .unipelt import UniPeltConfig
+from .vblora import VBLoRAConfig
 from .vera import VeraConfig
+from .waveft import WaveFTConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
     "adalora": AdaLoraConfig,
@@ -58,7 +63,12 @@ METHODS: dict[str, type[PeftConfig]] = {
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
     "randlora": RandLoraConfig,
+    "shira": ShiraConfig,
+    "tinylora": TinyLoraConfig,
     "trainable_tokens": TrainableTokensConfig,
+    "unilora": UniLoraConfig,
     "unipelt": UniPeltConfig,
+    "vblora": VBLoRAConfig,
     "vera": VeraConfig,
+    "waveft": WaveFTConfig,
 }

@@ -30,3 +30,11 @@ class PairAdapter(BiasedAdapter):
 class PairConfig(BiasedConfig):
     def fits(self, module: nn.Module) -> bool:
         return is_linear(module)
+
+
+class Shared(nn.Module):
+    """Trained numbers of which several adapters make their pairs: one object that all of them hold."""
+
+    def __init__(self, values: nn.Parameter) -> None:
+        super().__init__()
+        self.values = values

@@ -35,15 +35,15 @@ class Bases(nn.Module):
         generator = torch.Generator("cpu").manual_seed(seed)
         n = math.ceil(short / r)
         if sparsity is None:  # HF PEFT draws in this type
-            parts = [
-                torch.empty(shape, dtype=torch.bfloat16, device="cpu") for shape in [(r, 1, short)] + n * [(long, 1, r)]
-            ]
+            shapes = [(r, 1, short)] + n * [(long, 1, r)]
+            parts = [torch.empty(shape, dtype=torch.bfloat16, device="cpu") for shape in shapes]
             A, *columns = (nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator) for part in parts)
             B = torch.cat(columns, dim=1)
         else:
             A = torch.rand(r, 1, short, generator=generator, device="cpu")
             B = torch.rand(long, n, r, generator=generator, device="cpu")
-            A, B = ((1 - 1 / (2 * sparsity) < U).float() - (1 / (2 * sparsity) > U).float() for U in (A, B))
+            tail = 1 / (2 * sparsity)
+            A, B = (U.gt(1 - tail).float() - U.lt(tail).float() for U in (A, B))
         self.register_buffer("A", (A / A.std()).float(), persistent=saved)
         self.register_buffer("B", (B / B.std()).float(), persistent=saved)
 

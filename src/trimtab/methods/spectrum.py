@@ -47,8 +47,7 @@ class SpectrumAdapter(DeltaAdapter):
 
     def sparse(self, rows: int, columns: int) -> Tensor:
         """The matrix (rows, columns) of the n numbers and zeros."""
-        values = self.spectrum.to(weights.master_dtype(self.spectrum.dtype))
-        return values.new_zeros(rows * columns).scatter(0, self.places.index, values).view(rows, columns)
+        return scattered(self.spectrum, self.places.index, rows, columns)
 
     def neutral(self, site: nn.Module) -> dict[str, Tensor]:
         return {"spectrum": torch.zeros_like(self.spectrum)} if self.bias is None else {}
@@ -86,3 +85,9 @@ class SpectrumConfig(BiasedConfig, FanConfig):
             raise ConfigError(f"{name} has {most} places: n_frequency={n} do not fit. Closest: {max(1, min(n, most))}, "
                               f"or for this alone n_frequency_pattern={{{name!r}: ...}}.")  # fmt: skip
         return n
+
+
+def scattered(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix of values (n,) at places (n,), counted row by row, and of zeros; never below float32."""
+    values = values.to(weights.master_dtype(values.dtype))
+    return values.new_zeros(rows * columns).scatter(0, index, values).view(rows, columns)
