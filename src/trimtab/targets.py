@@ -155,10 +155,13 @@ class TargetConfig(SavedModulesConfig):
             raise ConfigError("target_modules is a regular expression: write the layers into it, not beside it.")
         config = super().resolved(model)
         if self.target_modules is None:
-            return config.model_copy(update={"target_modules": self.default_targets(model)})
-        if self.target_modules == ALL_LINEAR:
+            config = config.model_copy(update={"target_modules": self.default_targets(model)})
+        elif self.target_modules == ALL_LINEAR:
             found = compact(self._all_linear(model, config.modules_to_save or []), model)
-            return config.model_copy(update={"target_modules": found})
+            config = config.model_copy(update={"target_modules": found})
+        if "fan_in_fan_out" in type(self).model_fields:  # HF PEFT wants to be told what the layer tells
+            fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
+            config = config.model_copy(update={"fan_in_fan_out": fan})
         return config
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:

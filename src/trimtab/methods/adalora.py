@@ -133,11 +133,6 @@ class AdaLoraConfig(TargetConfig):
     def is_final(self) -> bool:
         return self.rank_pattern is not None
 
-    def resolved(self, model: nn.Module) -> "AdaLoraConfig":
-        config = super().resolved(model)
-        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
-        return config.model_copy(update={"fan_in_fan_out": fan})
-
     def fits(self, module: nn.Module) -> bool:
         shape = weights.layout(module)
         return shape is not None and shape.groups == 1 and not isinstance(module, nn.Embedding)

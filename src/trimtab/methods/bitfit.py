@@ -1,6 +1,6 @@
 """BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): train biases only. y = f(x) + (b' - b), b' trained from b."""
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -91,6 +91,40 @@ def add_biases(made: dict[str, Adapter], model: nn.Module) -> dict[str, Adapter]
     copied = tuple(f"{name}." for name, adapter in made.items() if adapter.replacement is not None)
     biased = {name: module for name, module in base_modules(model) if has_bias(module) and not name.startswith(copied)}
     return made | {name: BiasAdapter(module) for name, module in biased.items() if name not in made}
+
+
+class BiasedAdapter(Adapter):
+    """An adapter of weights beside which the site's bias may be trained as well."""
+
+    bias: TrainedBias | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = None
+
+    def shifted(self, site: nn.Module, y: Tensor) -> Tensor:
+        return y if self.bias is None else self.bias.add(site, y)
+
+    def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
+        return bias if self.bias is None else self.bias.fold(site, bias)
+
+
+BiasedAdapterT = TypeVar("BiasedAdapterT", bound=BiasedAdapter)
+
+
+class BiasedConfig(TargetConfig):
+    """bias: which biases are trained as well: "none", "all", or another word for those of the targets."""
+
+    bias: str = "none"
+
+    def adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        made = super().adapters(model)
+        return add_biases(made, model) if self.bias == "all" else made
+
+    def with_bias(self, adapter: BiasedAdapterT, site: nn.Module) -> BiasedAdapterT:
+        if self.bias != "none" and own_bias(site) is not None:
+            adapter.bias = TrainedBias(site)
+        return adapter
 
 
 class BitFitConfig(TargetConfig):

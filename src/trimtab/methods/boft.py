@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..errors import ConfigError
-from .rotation import RotationAdapter, RotationConfig, cayley, drop_blocks, split, turned_features
+from .bitfit import BiasedConfig
+from .rotation import RotationAdapter, cayley, drop_blocks, split, turned_features
 
 
 class BOFTAdapter(RotationAdapter):
@@ -57,7 +58,7 @@ def butterfly(n: int, block: int, factor: int, device: torch.device) -> Tensor:
     return torch.arange(n, device=device).view(n // group, group // half // 2, 2, half).transpose(1, 2).flatten()
 
 
-class BOFTConfig(RotationConfig):
+class BOFTConfig(BiasedConfig):
     """BOFT's settings.
 
     boft_block_size: b; or, with boft_block_size=0, boft_block_num: the number of blocks. boft_n_butterfly_factor: m.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..errors import ConfigError
-from .rotation import RotationAdapter, RotationConfig, turned_features
+from .bitfit import BiasedConfig
+from .rotation import RotationAdapter, turned_features
 
 
 class HRAAdapter(RotationAdapter):
@@ -45,7 +46,7 @@ class HRAAdapter(RotationAdapter):
         return v
 
 
-class HRAConfig(RotationConfig):
+class HRAConfig(BiasedConfig):
     """HRA's settings.
 
     r: number of reflections, even. apply_GS: make their vectors orthogonal. bias: which biases are trained as well,

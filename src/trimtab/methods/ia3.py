@@ -114,8 +114,7 @@ class IA3Config(TargetConfig):
         feedforward = self.feedforward_modules
         if feedforward is None:
             feedforward = [_parts(model)[1]] if self.target_modules is None else []
-        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
-        return config.model_copy(update={"feedforward_modules": feedforward, "fan_in_fan_out": fan})
+        return config.model_copy(update={"feedforward_modules": feedforward})
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         made = super().adapters(model)

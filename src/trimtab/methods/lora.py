@@ -276,11 +276,6 @@ class LoraConfig(TargetConfig):
     def acts_on_rows(self) -> bool:
         return self.alora_invocation_tokens is not None
 
-    def resolved(self, model: nn.Module) -> "LoraConfig":
-        config = super().resolved(model)
-        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
-        return config.model_copy(update={"fan_in_fan_out": fan})
-
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         made = super().adapters(model)
         lora = {name: adapter for name, adapter in made.items() if isinstance(adapter, LoraAdapter)}

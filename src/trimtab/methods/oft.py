@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .. import weights
-from .rotation import RotationAdapter, RotationConfig, cayley, drop_blocks, split, turned_features
+from .bitfit import BiasedConfig
+from .rotation import RotationAdapter, cayley, drop_blocks, split, turned_features
 
 
 class OFTAdapter(RotationAdapter):
@@ -71,7 +72,7 @@ def _series(Q: Tensor, terms: int) -> Tensor:
     return total
 
 
-class OFTConfig(RotationConfig):
+class OFTConfig(BiasedConfig):
     """OFT's settings.
 
     oft_block_size: b; or, with oft_block_size=0, r: the number of blocks. module_dropout: probability with which a

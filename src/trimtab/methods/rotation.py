@@ -11,23 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import weights
-from ..adapter import Adapter
-from ..errors import ConfigError
-from ..targets import TargetConfig
-from .bitfit import TrainedBias, add_biases, own_bias
+from ..errors import ConfigError, closest_divisor
+from .bitfit import BiasedAdapter, own_bias
 from .delta import shape_of
 
 
-class RotationAdapter(Adapter):
+class RotationAdapter(BiasedAdapter):
     """scale holds s, one number per output, in any shape; None where a method has none."""
 
     scale: nn.Parameter | None
-    bias: TrainedBias | None
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = None
-        self.bias = None
 
     @abstractmethod
     def rotate(self, v: Tensor, drop: bool) -> Tensor:
@@ -44,7 +40,7 @@ class RotationAdapter(Adapter):
         elif self.scale is not None:
             s, b = self.scale.flatten().to(y.dtype), own_bias(site)
             y = y + (s - 1) * (y if b is None else y - b)
-        return y if self.bias is None else self.bias.add(site, y)
+        return self.shifted(site, y)
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         if isinstance(site, nn.Embedding):  # (out, in): its rows are the table's columns
@@ -57,7 +53,7 @@ class RotationAdapter(Adapter):
         own = own_bias(site)
         if self.scale is not None and _turns_input(site) and bias is not None and own is not None and bias is not own:
             bias = bias + (self.scale.flatten().to(bias.dtype) - 1) * (bias - own)  # s leaves the site's own as it is
-        return bias if self.bias is None else self.bias.fold(site, bias)
+        return super().merged_bias(site, bias)
 
     def _turned(self, weight: Tensor, drop: bool) -> Tensor:
         """s W M^T for W (out, n)."""
@@ -70,21 +66,6 @@ class RotationAdapter(Adapter):
         W = weights.read(site)
         W = W.to(weights.master_dtype(W.dtype))
         return (self._turned(W.flatten(1), drop) - W.flatten(1)).view_as(W)
-
-
-class RotationConfig(TargetConfig):
-    """bias: which biases are trained as well: "none", "all", or another word for those of the targets."""
-
-    bias: str = "none"
-
-    def adapters(self, model: nn.Module) -> dict[str, Adapter]:
-        made = super().adapters(model)
-        return add_biases(made, model) if self.bias == "all" else made
-
-    def with_bias(self, adapter: RotationAdapter, site: nn.Module) -> RotationAdapter:
-        if self.bias != "none" and own_bias(site) is not None:
-            adapter.bias = TrainedBias(site)
-        return adapter
 
 
 def _turns_input(site: nn.Module) -> bool:
@@ -100,11 +81,8 @@ def turned_features(site: nn.Module) -> int:
 def split(name: str, features: int, setting: str, wanted: int) -> int:
     """features / wanted, or a ConfigError that names the closest number that divides."""
     if wanted < 1 or features % wanted:
-        divisors = [number for number in range(1, features + 1) if features % number == 0]
-        near = min(divisors, key=lambda number: abs(number - wanted))
-        raise ConfigError(
-            f"{name} turns {features} features: {setting}={wanted} does not divide them. Closest: {near}."
-        )
+        raise ConfigError(f"{name} turns {features} features: {setting}={wanted} does not divide them. "
+                          f"Closest: {closest_divisor(wanted, features)}.")  # fmt: skip
     return features // wanted
 
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from .. import weights
 from ..adapter import Adapter
-from ..targets import TargetConfig, is_linear
-from .bitfit import TrainedBias, add_biases, own_bias
+from ..targets import is_linear
+from .bitfit import BiasedAdapter, BiasedConfig
 
 
 class Projections(nn.Module):
@@ -35,7 +35,7 @@ class Projections(nn.Module):
             self.register_buffer(name, drawn, persistent=saved)
 
 
-class VeraAdapter(Adapter):
+class VeraAdapter(BiasedAdapter):
     hf_names: ClassVar[dict[str, str]] = {
         "lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d", "bias.value": "base_layer.bias"
     }  # fmt: skip
@@ -50,7 +50,6 @@ class VeraAdapter(Adapter):
         self.out, self.into, self.dropout = shape.out, shape.into, dropout  # and no `rank`: the paper's exceed W's
         self.lambda_b = weights.new_parameter(site, shape.out)
         self.lambda_d = weights.new_parameter(site, r)
-        self.bias: TrainedBias | None = None
         if init:
             nn.init.zeros_(self.lambda_b)
             nn.init.constant_(self.lambda_d, d_initial)
@@ -65,8 +64,7 @@ class VeraAdapter(Adapter):
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         A, B = self._own(x)
         h = F.linear(F.dropout(x, self.dropout, self.training), A) * self.lambda_d.to(x.dtype)
-        y = y + (F.linear(h, B) * self.lambda_b.to(x.dtype)).to(y.dtype)
-        return y if self.bias is None else self.bias.add(site, y)
+        return self.shifted(site, y + (F.linear(h, B) * self.lambda_b.to(x.dtype)).to(y.dtype))
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         B, A = self.low_rank(site)
@@ -76,11 +74,8 @@ class VeraAdapter(Adapter):
         A, B = self._own(self.lambda_b)
         return self.lambda_b[:, None] * B, self.lambda_d[:, None] * A
 
-    def merged_bias(self, site: nn.Module, bias: Tensor | None) -> Tensor | None:
-        return bias if self.bias is None else self.bias.fold(site, bias)
 
-
-class VeraConfig(TargetConfig):
+class VeraConfig(BiasedConfig):
     """VeRA's settings.
 
     r: rank, large (hundreds), since only r + out numbers per site are trained. projection_prng_key: the seed of A
@@ -112,11 +107,6 @@ class VeraConfig(TargetConfig):
     def fits(self, module: nn.Module) -> bool:
         return is_linear(module)
 
-    def resolved(self, model: nn.Module) -> "VeraConfig":
-        config = super().resolved(model)
-        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
-        return config.model_copy(update={"fan_in_fan_out": fan})
-
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         made = super().adapters(model)
         own = {name: adapter for name, adapter in made.items() if isinstance(adapter, VeraAdapter)}
@@ -127,10 +117,7 @@ class VeraConfig(TargetConfig):
             shared = shared.to(stored.device)
         for adapter in own.values():
             adapter.shared = shared
-        return add_biases(made, model) if self.bias == "all" else made
+        return made
 
     def build(self, name: str, site: nn.Module) -> VeraAdapter:
-        adapter = VeraAdapter(site, self.r, self.d_initial, self.vera_dropout, self.init_weights)
-        if self.bias != "none" and own_bias(site) is not None:
-            adapter.bias = TrainedBias(site)
-        return adapter
+        return self.with_bias(VeraAdapter(site, self.r, self.d_initial, self.vera_dropout, self.init_weights), site)
