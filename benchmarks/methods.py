@@ -54,6 +54,7 @@ ROWS = [
     Row("bottleneck", "bottleneck", 2e-3),
     Row("bottleneck, houlsby", "bottleneck", 2e-3, {"variant": "houlsby"}),
     Row("bottleneck, parallel", "bottleneck", 2e-3, {"variant": "parallel"}),
+    Row("c3a", "c3a", 4e-2, {"block_size": 128}),
     Row("compacter", "compacter", 4e-3, {"reduction_factor": 16}),
     Row("hra", "hra", 2e-3),
     Row("ia3", "ia3", 4e-3),

@@ -28,6 +28,7 @@ from trimtab import (
     BitFitConfig,
     BOFTConfig,
     BottleneckConfig,
+    C3AConfig,
     CompacterConfig,
     CPTConfig,
     FullConfig,
@@ -81,6 +82,8 @@ COARSE = {"finite_differences": "Llama's norm computes in float32 whatever its i
 DETACHED = {"finite_differences": "the paper's gradient takes the norm of the rows as a constant (section 4.3)"}
 _PAIRS = "two equal reflections undo each other up to rounding, not in every bit"
 PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
+_RANDOM = "this start is random, not one that changes nothing"
+RANDOM = {"identity": _RANDOM, "switch": _RANDOM, "trains_in_float32": _RANDOM}
 GATED = {"merge": "the gate depends on the input"}
 PREFIXED = {
     "identity": "a prefix changes what attention sees, whatever it holds",
@@ -208,6 +211,10 @@ ALL_SMALL_CONFIGS = [
          partial(models.gpt2, initializer_range=0.2)),
     Case("boft-convolutions", BOFTConfig(boft_block_size=6, target_modules=["volume", "plane", "line"]),
          models.convolutions),
+    Case("c3a", C3AConfig(block_size=4, block_size_pattern={"value": 8}, bias="c3a_only", init_weights=True),
+         models.bert),
+    Case("c3a-gpt2", C3AConfig(block_size=8, bias="all", init_weights=True), models.gpt2),
+    Case("c3a-xavier", C3AConfig(block_size=1, target_modules=["first", "second"]), skips=RANDOM),
     Case("hra", HRAConfig(r=2, target_modules=["first", "second"], bias="hra_only"), skips=PAIRS),
     Case("hra-orthogonal", HRAConfig(r=2, apply_GS=True, target_modules=["first", "second"]),
          skips={"identity": "W (I - 2 U U^T) is no identity for any U", "switch": "the second starts as no identity",

@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "boft": {**LINEAR, "boft_block_size": 4},
     "bottleneck": {"reduction_factor": 4},
+    "c3a": {**LINEAR, "block_size": 4},
     "compacter": {"reduction_factor": 4, "phm_dim": 2},
     "cpt": {"cpt_token_ids": [9, 7, 8], "task_type": "CAUSAL_LM"},
     "full": {},

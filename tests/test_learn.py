@@ -11,6 +11,7 @@ import trimtab
 from trimtab import (
     BitFitConfig,
     BOFTConfig,
+    C3AConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "vera": (VeraConfig(r=64, target_modules=["0", "2", "4"]), 0.02, 0.1),
     "loha": (LoHaConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
     "lokr": (LoKrConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),
+    "c3a": (C3AConfig(block_size=8, target_modules=["0", "2"]), 0.5, 0.1),
     "oft": (OFTConfig(oft_block_size=8, target_modules=["0", "2"]), 0.02, 0.2),
     "boft": (BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["0", "2"]), 0.02, 0.1),
     "hra": (HRAConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),

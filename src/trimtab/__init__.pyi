@@ -27,6 +27,7 @@ from .methods.adalora import AdaLoraConfig
 from .methods.bitfit import BitFitConfig
 from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
+from .methods.c3a import C3AConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
 from .methods.full import FullConfig
@@ -75,6 +76,7 @@ __all__ = [
     "BOFTConfig",
     "BitFitConfig",
     "BottleneckConfig",
+    "C3AConfig",
     "CPTConfig",
     "CheckpointError",
     "CompacterConfig",

@@ -5,6 +5,7 @@ from .adalora import AdaLoraConfig
 from .bitfit import BitFitConfig
 from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig
+from .c3a import C3AConfig
 from .compacter import CompacterConfig
 from .cpt import CPTConfig
 from .full import FullConfig
@@ -31,6 +32,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "bitfit": BitFitConfig,
     "boft": BOFTConfig,
     "bottleneck": BottleneckConfig,
+    "c3a": C3AConfig,
     "compacter": CompacterConfig,
     "cpt": CPTConfig,
     "full": FullConfig,
