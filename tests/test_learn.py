@@ -20,6 +20,7 @@ from trimtab import (
     LoraConfig,
     OFTConfig,
     PeftConfig,
+    RoadConfig,
     TrainableTokensConfig,
     VeraConfig,
 )
@@ -36,6 +37,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "loha": (LoHaConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
     "lokr": (LoKrConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),
     "c3a": (C3AConfig(block_size=8, target_modules=["0", "2"]), 0.5, 0.1),
+    "road": (RoadConfig(variant="road_2", group_size=8, target_modules=["0", "2"]), 0.05, 0.3),
     "oft": (OFTConfig(oft_block_size=8, target_modules=["0", "2"]), 0.02, 0.2),
     "boft": (BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["0", "2"]), 0.02, 0.1),
     "hra": (HRAConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),

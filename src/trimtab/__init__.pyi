@@ -52,6 +52,7 @@ from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.road import RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
 from .methods.unipelt import UniPeltConfig
@@ -109,6 +110,7 @@ __all__ = [
     "PromptTuningInit",
     "QuantizedMergeWarning",
     "RecipeError",
+    "RoadConfig",
     "TargetError",
     "TaskType",
     "TrainableTokensConfig",

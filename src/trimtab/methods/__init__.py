@@ -23,6 +23,7 @@ from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
+from .road import RoadConfig
 from .trainable_tokens import TrainableTokensConfig
 from .unipelt import UniPeltConfig
 from .vera import VeraConfig
@@ -50,6 +51,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
+    "road": RoadConfig,
     "trainable_tokens": TrainableTokensConfig,
     "unipelt": UniPeltConfig,
     "vera": VeraConfig,
