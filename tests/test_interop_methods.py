@@ -113,6 +113,11 @@ CASES = [
     *rows("Road", NO_GPT2, group_size=4),
     *rows("Road", ["llama"], group_size=8, variant="road_2"),
     *rows("Road", ["bert"], group_size=2, variant="road_4", init_weights=False),
+    *rows("Hira", r=3),
+    *rows("Hira", ["llama"], r=3, init_weights="gaussian"),
+    *rows("Hira", ["bert"], r=2, init_weights=False, hira_dropout=0.5),
+    *rows("Hira", ["pixels"], r=2, target_modules=["plane", "point", "head"]),
+    *rows("Hira", ["embeddings"], r=2, target_modules=["token", "head"]),
     *rows("TrainableTokens", ["llama", "opt", "bert", "t5", "gpt2"], target_modules=None, token_indices=TOKENS),
     *rows("TrainableTokens", ["llama"], target_modules=["lm_head"], token_indices=[9, 2]),
     *rows("Lora", ["llama", "bert", "gpt2", "opt"], r=2, trainable_token_indices=TOKENS),
@@ -128,6 +133,7 @@ ABOVE = [
     *rows("Lora", ["mlp"], r=9),
     *rows("LoHa", ["mlp", "pixels"], r=9, target_modules=lambda name: ["first"] if name == "mlp" else ["head"]),
     *rows("LoKr", ["pixels"], r=8, target_modules=["plane", "point"]),
+    *rows("Hira", ["mlp"], r=9),
     *rows("HRA", ["mlp"], r=10, target_modules=["first"]),
 ]
 

@@ -31,6 +31,7 @@ from .methods.c3a import C3AConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
 from .methods.full import FullConfig
+from .methods.hira import HiraConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
 from .methods.llama_adapter import AdaptionPromptConfig
@@ -87,6 +88,7 @@ __all__ = [
     "EvaConfig",
     "FullConfig",
     "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "InputAdapter",
     "LNTuningConfig",

@@ -9,6 +9,7 @@ from .c3a import C3AConfig
 from .compacter import CompacterConfig
 from .cpt import CPTConfig
 from .full import FullConfig
+from .hira import HiraConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
 from .llama_adapter import AdaptionPromptConfig
@@ -37,6 +38,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "compacter": CompacterConfig,
     "cpt": CPTConfig,
     "full": FullConfig,
+    "hira": HiraConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
     "llama_adapter": AdaptionPromptConfig,
