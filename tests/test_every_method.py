@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compacter": {"reduction_factor": 4, "phm_dim": 2},
     "cpt": {"cpt_token_ids": [9, 7, 8], "task_type": "CAUSAL_LM"},
     "full": {},
+    "gralora": {**LINEAR, "r": 4},
     "hira": {**LINEAR, "r": 2},
     "hra": {**LINEAR, "r": 2},
     "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},

@@ -31,6 +31,7 @@ from .methods.c3a import C3AConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
 from .methods.full import FullConfig
+from .methods.gralora import GraloraConfig
 from .methods.hira import HiraConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
@@ -87,6 +88,7 @@ __all__ = [
     "DataError",
     "EvaConfig",
     "FullConfig",
+    "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
     "IA3Config",

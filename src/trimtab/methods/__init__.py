@@ -9,6 +9,7 @@ from .c3a import C3AConfig
 from .compacter import CompacterConfig
 from .cpt import CPTConfig
 from .full import FullConfig
+from .gralora import GraloraConfig
 from .hira import HiraConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
@@ -38,6 +39,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "compacter": CompacterConfig,
     "cpt": CPTConfig,
     "full": FullConfig,
+    "gralora": GraloraConfig,
     "hira": HiraConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
