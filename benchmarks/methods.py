@@ -56,6 +56,7 @@ ROWS = [
     Row("bottleneck, parallel", "bottleneck", 2e-3, {"variant": "parallel"}),
     Row("c3a", "c3a", 4e-2, {"block_size": 128}),
     Row("compacter", "compacter", 4e-3, {"reduction_factor": 16}),
+    Row("glora", "glora", 2e-3),
     Row("gralora", "gralora", 2e-3),
     Row("hira", "hira", 8e-3),
     Row("hra", "hra", 2e-3),

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compacter": {"reduction_factor": 4, "phm_dim": 2},
     "cpt": {"cpt_token_ids": [9, 7, 8], "task_type": "CAUSAL_LM"},
     "full": {},
+    "glora": {**LINEAR, "r": 2},
     "gralora": {**LINEAR, "r": 4},
     "hira": {**LINEAR, "r": 2},
     "hra": {**LINEAR, "r": 2},

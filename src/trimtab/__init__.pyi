@@ -31,6 +31,7 @@ from .methods.c3a import C3AConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
 from .methods.full import FullConfig
+from .methods.glora import GloraConfig
 from .methods.gralora import GraloraConfig
 from .methods.hira import HiraConfig
 from .methods.hra import HRAConfig
@@ -88,6 +89,7 @@ __all__ = [
     "DataError",
     "EvaConfig",
     "FullConfig",
+    "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",

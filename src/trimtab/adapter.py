@@ -62,7 +62,7 @@ class Adapter(nn.Module):
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_wraps: ClassVar[bool] = True  # HF PEFT puts the site of such an adapter into a `base_layer`
     hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
-    hf_computed: ClassVar[tuple[str, ...]] = ()  # the keys of `computed`
+    hf_computed: tuple[str, ...] = ()  # the ends of the keys of `computed`
     not_merged: ClassVar[str] = "it is no linear map of its input"  # the reason, where `merged` is not given
 
     def __init__(self) -> None:
@@ -136,7 +136,9 @@ class Adapter(nn.Module):
         return self.hf_names.get(name, name)
 
     def computed(self) -> dict[str, Tensor]:
-        """What HF PEFT's file holds that is no parameter here but follows from them; not read back."""
+        """What HF PEFT's file holds that is no parameter here but follows from them, by the end of its key; not read
+        back.
+        """
         return {}
 
     def expect(self, keys: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from .c3a import C3AConfig
 from .compacter import CompacterConfig
 from .cpt import CPTConfig
 from .full import FullConfig
+from .glora import GloraConfig
 from .gralora import GraloraConfig
 from .hira import HiraConfig
 from .hra import HRAConfig
@@ -39,6 +40,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "compacter": CompacterConfig,
     "cpt": CPTConfig,
     "full": FullConfig,
+    "glora": GloraConfig,
     "gralora": GraloraConfig,
     "hira": HiraConfig,
     "hra": HRAConfig,
