@@ -55,6 +55,7 @@ from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.pvera import PveraConfig
 from .methods.road import RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.union import UnionConfig
@@ -114,6 +115,7 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PveraConfig",
     "QuantizedMergeWarning",
     "RecipeError",
     "RoadConfig",

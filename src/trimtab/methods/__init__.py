@@ -26,6 +26,7 @@ from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
+from .pvera import PveraConfig
 from .road import RoadConfig
 from .trainable_tokens import TrainableTokensConfig
 from .unipelt import UniPeltConfig
@@ -57,6 +58,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
+    "pvera": PveraConfig,
     "road": RoadConfig,
     "trainable_tokens": TrainableTokensConfig,
     "unipelt": UniPeltConfig,
