@@ -49,6 +49,7 @@ ROWS = [
     Row("full fine-tuning", None, 1e-4),
     Row("classifier only", None, 1e-2),
     Row("adalora", "adalora", 1.6e-2),
+    Row("beft", "beft", 4e-3),
     Row("bitfit", "bitfit", 4e-3),
     Row("boft", "boft", 4e-3),
     Row("bottleneck", "bottleneck", 2e-3),

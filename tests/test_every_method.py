@@ -19,6 +19,7 @@ LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {**LINEAR, "init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 2},
+    "beft": LINEAR,
     "bitfit": {},
     "boft": {**LINEAR, "boft_block_size": 4},
     "bottleneck": {"reduction_factor": 4},

@@ -87,6 +87,8 @@ CASES = [
     *rows("Pvera", r=5, projection_prng_key=0),
     *rows("Pvera", ["llama"], r=5, projection_prng_key=3, save_projection=False),
     *rows("Pvera", ["bert", "opt"], r=3, bias="pvera_only", d_initial=0.5, pvera_dropout=0.3),
+    *rows("Beft", NO_GPT2),
+    *rows("Beft", ["llama", "bert", "t5", "opt"], target_modules=None, init_weights=False),
     *rows("LoHa", NO_GPT2, r=3, alpha=5),
     *rows("LoHa", ["llama"], r=3, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 1}),
     *rows("LoHa", ["pixels"], r=2, target_modules=["plane", "head"], use_effective_conv2d=False),

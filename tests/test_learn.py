@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import trimtab
 from trimtab import (
+    BeftConfig,
     BitFitConfig,
     BOFTConfig,
     C3AConfig,
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[PeftConfig, float, float]] = {
     "gralora": (GraloraConfig(r=4, alpha=8, target_modules=["0", "2"]), 0.02, 0.1),
     "glora": (GloraConfig(r=4, target_modules=["0", "2"]), 0.02, 0.1),
     "pvera": (PveraConfig(r=64, target_modules=["0", "2", "4"]), 0.02, 0.3),
+    "beft": (BeftConfig(target_modules=["0", "2", "4"]), 0.05, 0.6),
     "oft": (OFTConfig(oft_block_size=8, target_modules=["0", "2"]), 0.02, 0.2),
     "boft": (BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["0", "2"]), 0.02, 0.1),
     "hra": (HRAConfig(r=4, target_modules=["0", "2"]), 0.02, 0.3),

@@ -24,6 +24,7 @@ from .errors import (
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .merge import QuantizedMergeWarning
 from .methods.adalora import AdaLoraConfig
+from .methods.beft import BeftConfig
 from .methods.bitfit import BitFitConfig
 from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
@@ -79,6 +80,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
+    "BeftConfig",
     "BitFitConfig",
     "BottleneckConfig",
     "C3AConfig",

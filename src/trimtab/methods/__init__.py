@@ -2,6 +2,7 @@
 
 from ..adapter import PeftConfig
 from .adalora import AdaLoraConfig
+from .beft import BeftConfig
 from .bitfit import BitFitConfig
 from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig
@@ -34,6 +35,7 @@ from .vera import VeraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
     "adalora": AdaLoraConfig,
+    "beft": BeftConfig,
     "bitfit": BitFitConfig,
     "boft": BOFTConfig,
     "bottleneck": BottleneckConfig,
