@@ -62,6 +62,7 @@ ROWS = [
     Row("hira", "hira", 8e-3),
     Row("hra", "hra", 2e-3),
     Row("ia3", "ia3", 4e-3),
+    Row("lily", "lily", 2e-3),
     Row("llama_adapter", "llama_adapter", 4e-3),
     Row("ln_tuning", "ln_tuning", 4e-3),
     Row("loha", "loha", 2e-3),

@@ -38,6 +38,7 @@ from trimtab import (
     HiraConfig,
     HRAConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
@@ -91,6 +92,7 @@ PAIRS = {"identity": _PAIRS, "switch": _PAIRS, "trains_in_float32": _PAIRS}
 _RANDOM = "this start is random, not one that changes nothing"
 RANDOM = {"identity": _RANDOM, "switch": _RANDOM, "trains_in_float32": _RANDOM}
 GATED = {"merge": "the gate depends on the input"}
+ROUTED = {"merge": "the router looks at the input"}
 PREFIXED = {
     "identity": "a prefix changes what attention sees, whatever it holds",
     "merge": "no weight stands for a prefix",
@@ -199,6 +201,9 @@ ALL_SMALL_CONFIGS = [
     Case("beft", BeftConfig(target_modules=["first", "second"])),
     Case("beft-llama", BeftConfig(), models.llama, COARSE | {"merge": "the layer has no bias to fold it into"}),
     Case("beft-gpt2", BeftConfig(target_modules=["c_attn", "c_fc"]), models.gpt2),
+    Case("lily", LilyConfig(r=3, num_B=3, scaling=2.0, target_modules=["first", "second"]), skips=ROUTED),
+    Case("lily-bert", LilyConfig(r=4, stride_A=2, target_modules=["query", "value", "intermediate.dense"]),
+         models.bert, ROUTED),
     Case("loha", LoHaConfig(r=2, alpha=3, target_modules=["first", "second"])),
     Case("loha-gpt2", LoHaConfig(r=4, alpha=16), partial(models.gpt2, initializer_range=0.2)),
     Case("loha-dropout", LoHaConfig(r=2, target_modules=["first", "second"], rank_dropout=0.3, module_dropout=0.01)),

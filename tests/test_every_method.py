@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hra": {**LINEAR, "r": 2},
     "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "llama_adapter": {"adapter_len": 3},
+    "lily": {**LINEAR, "r": 4, "stride_A": 2},
     "ln_tuning": {},
     "loha": {**LINEAR, "r": 2},
     "lokr": {**LINEAR, "r": 2},
@@ -111,13 +112,13 @@ def test_generates_with_and_without_a_cache_and_behind_padding(name: str) -> Non
         return model.generate(input_ids=ids, attention_mask=mask, **settings, **more)[:, ids.shape[1] :]
 
     alone = [write(ids) for ids in (long, short)]
-    if name not in ("loreft", "unipelt"):
+    if name not in ("lily", "loreft", "unipelt"):
         # LoReFT edits the prompt's positions, and without a cache each token makes a new prompt; UniPELT's gates are
-        # those of the prompt in the cache, and without one those of all that is there.
+        # those of the prompt in the cache, and without one those of all that is there. So are Lily's routers'.
         assert torch.equal(write(long, use_cache=False), alone[0])
     both = torch.cat([long, torch.cat([torch.zeros(1, 3, dtype=torch.long), short], 1)])
     mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
-    if name != "unipelt":  # its gates look at padding too
+    if name not in ("lily", "unipelt"):  # gates and routers look at padding too
         assert torch.equal(write(both, mask), torch.cat(alone))
         right = torch.cat([short, torch.zeros(1, 3, dtype=torch.long)], 1)
         with torch.no_grad():

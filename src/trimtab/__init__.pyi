@@ -37,6 +37,7 @@ from .methods.gralora import GraloraConfig
 from .methods.hira import HiraConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
+from .methods.lily import LilyConfig
 from .methods.llama_adapter import AdaptionPromptConfig
 from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
@@ -99,6 +100,7 @@ __all__ = [
     "IA3Config",
     "InputAdapter",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoReftConfig",

@@ -15,6 +15,7 @@ from .gralora import GraloraConfig
 from .hira import HiraConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config
+from .lily import LilyConfig
 from .llama_adapter import AdaptionPromptConfig
 from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
@@ -48,6 +49,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "hira": HiraConfig,
     "hra": HRAConfig,
     "ia3": IA3Config,
+    "lily": LilyConfig,
     "llama_adapter": AdaptionPromptConfig,
     "ln_tuning": LNTuningConfig,
     "loha": LoHaConfig,
