@@ -78,6 +78,7 @@ ROWS = [
     Row("p_tuning", "p_tuning", 2e-3),
     Row("prefix_tuning", "prefix_tuning", 1e-2),
     Row("prompt_tuning", "prompt_tuning", 1e-2),
+    Row("psoft", "psoft", 2e-3),
     Row("pvera", "pvera", 1e-2),
     Row("road", "road", 4e-3),
     Row("trainable_tokens, 200 commonest", "trainable_tokens", 4e-3),

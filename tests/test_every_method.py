@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 7, "task_type": "CAUSAL_LM"},
     "prefix_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
+    "psoft": {**LINEAR, "r": 4},
     "pvera": {**LINEAR, "r": 4},
     "road": {**LINEAR, "group_size": 4},
     "trainable_tokens": {"token_indices": IDS[0, 2:6].tolist()},

@@ -25,6 +25,7 @@ from trimtab import (
     MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
+    PsoftConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -47,6 +48,7 @@ CASES: list[tuple[Any, PeftConfig, str]] = [
      r"first: config_A_B='none' leaves nothing to train. Closest: 'constant'"),
     (models.llama, GloraConfig(config_A_B="none"), "nothing to train where there is no bias. Closest: 'constant'"),
     (models.mlp, LilyConfig(r=6, **FIRST), TOO_MUCH + "exclude_modules="),
+    (models.mlp, PsoftConfig(r=6, **FIRST), TOO_MUCH + "exclude_modules="),
     (models.mlp, AdaLoraConfig(init_r=6, target_r=2, total_step=9, **FIRST), TOO_MUCH + "exclude_modules="),
     (models.mlp, HRAConfig(r=6, **FIRST), TOO_MUCH + "exclude_modules="),
     (models.mlp, HRAConfig(r=5, **FIRST), "r must be even, not 5. Closest: 4"),

@@ -57,6 +57,7 @@ from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.psoft import PsoftConfig
 from .methods.pvera import PveraConfig
 from .methods.road import RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig
@@ -119,6 +120,7 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PsoftConfig",
     "PveraConfig",
     "QuantizedMergeWarning",
     "RecipeError",

@@ -28,6 +28,7 @@ from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
+from .psoft import PsoftConfig
 from .pvera import PveraConfig
 from .road import RoadConfig
 from .trainable_tokens import TrainableTokensConfig
@@ -62,6 +63,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
+    "psoft": PsoftConfig,
     "pvera": PveraConfig,
     "road": RoadConfig,
     "trainable_tokens": TrainableTokensConfig,

@@ -86,6 +86,26 @@ def split(name: str, features: int, setting: str, wanted: int) -> int:
     return features // wanted
 
 
+def skew(upper: Tensor, size: int) -> Tensor:
+    """Q (blocks, size, size) with these numbers (blocks, size (size - 1) / 2) above its diagonal, and Q = -Q^T."""
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    blocks = torch.arange(len(upper), device=upper.device)[:, None]
+    Q = upper.new_zeros(len(upper), size, size).index_put((blocks, rows, columns), upper)
+    return Q - Q.mT
+
+
+def series(Q: Tensor, terms: int) -> Tensor:
+    """The sum of `terms` terms of (I + Q) (I - Q)^-1 = I + 2 Q + 2 Q^2 + ..., as HF PEFT counts them."""
+    total = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
+    if terms < 3:
+        return total + 2 * Q if terms == 2 else total
+    power, last = Q, max(terms - 1, 3)
+    for exponent in range(1, last + 1):
+        total = total + (1 if exponent == last else 2) * power
+        power = power @ Q
+    return total
+
+
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1 of skew-symmetric Q (..., b, b): orthogonal."""
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
