@@ -76,6 +76,7 @@ ROWS = [
     Row("multitask_prompt_tuning", "multitask_prompt_tuning", 1e-2),
     Row("oft", "oft", 2e-3),
     Row("p_tuning", "p_tuning", 2e-3),
+    Row("peanut", "peanut", 4e-3),
     Row("prefix_tuning", "prefix_tuning", 1e-2),
     Row("prompt_tuning", "prompt_tuning", 1e-2),
     Row("psoft", "psoft", 2e-3),

@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "multitask_prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "oft": {**LINEAR, "oft_block_size": 4},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 7, "task_type": "CAUSAL_LM"},
+    "peanut": {**LINEAR, "r": 4, "depth": 1},
     "prefix_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "psoft": {**LINEAR, "r": 4},

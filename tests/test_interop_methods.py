@@ -94,6 +94,14 @@ CASES = [
     *rows("Psoft", ["bert"], r=3, psoft_svd="lowrank", random_seed=5, psoft_svd_lowrank_niter=2, init_weights=False),
     *rows("Psoft", ["opt"], r=5, use_cayley_neumann=True, num_cayley_neumann_terms=6, cayley_neumann_eps=0.3),
     *rows("Psoft", ["vit"], r=4, psoft_orth=False, psoft_mag_a=False, psoft_dropout=0.5),
+    *rows("Peanut", NO_GPT2, r=4),
+    *rows("Peanut", ["llama", "bert"], r=3, depth=3, act_fn="gelu", scaling=0.5),
+    *rows("Peanut", ["opt"], r=3, depth=1, act_fn="leaky_relu", init_weights=False),
+    *[
+        row
+        for name in ("gelu_pytorch_tanh", "mish", "relu6", "sigmoid", "silu", "swish", "tanh")
+        for row in rows("Peanut", ["mlp"], r=3, act_fn=name)
+    ],
     *rows("LoHa", NO_GPT2, r=3, alpha=5),
     *rows("LoHa", ["llama"], r=3, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 1}),
     *rows("LoHa", ["pixels"], r=2, target_modules=["plane", "head"], use_effective_conv2d=False),

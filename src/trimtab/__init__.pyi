@@ -55,6 +55,7 @@ from .methods.mam import MamConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .methods.peanut import PeanutConfig
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from .methods.psoft import PsoftConfig
@@ -113,6 +114,7 @@ __all__ = [
     "MultitaskPromptTuningInit",
     "OFTConfig",
     "PartialTargetWarning",
+    "PeanutConfig",
     "PeftConfig",
     "PeftModel",
     "PrefixTuningConfig",

@@ -26,6 +26,7 @@ from .mam import MamConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig
 from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig
+from .peanut import PeanutConfig
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig
 from .psoft import PsoftConfig
@@ -61,6 +62,7 @@ METHODS: dict[str, type[PeftConfig]] = {
     "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "oft": OFTConfig,
     "p_tuning": PromptEncoderConfig,
+    "peanut": PeanutConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
     "psoft": PsoftConfig,
