@@ -52,3 +52,22 @@ def test_c3a_refuses_a_block_that_does_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"block_size_pattern has the key 'kex'.*'.*key'"):
         get_peft_model(models.bert().model, C3AConfig(block_size=4, block_size_pattern={"kex": 2},
                                                       target_modules=["key"]))  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", ["none", "c3a_only"])
+def test_adapters_of_c3a_add_up_in_their_own_values(bias: str) -> None:
+    """Their sum has circulant blocks again, so nothing is lost and no LoRA is needed."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 18))
+    W, b = base[0].weight.detach().clone(), base[0].bias.detach().clone()
+    config = C3AConfig(block_size=6, bias=bias, target_modules=["0"])
+    model, _, own = attached(config, models.Tiny(base, {}))
+    model.add_adapter("other", config)
+    other = model[0].adapters["other"]
+    model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "both")
+    model.set_adapter("both")
+    assert type(model.peft_config["both"]) is C3AConfig
+    x = torch.randn(4, 12)
+    D = 0.5 * circulant(own["0.kernel"]) - 2 * circulant(other.kernel.detach())
+    shift = 0.5 * (own["0.bias.value"] - b) if bias != "none" else 0.0
+    torch.testing.assert_close(model(x), x @ (W + D).T + b + shift, rtol=1e-5, atol=1e-5)

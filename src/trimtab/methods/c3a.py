@@ -16,7 +16,7 @@ from .. import weights
 from ..adapter import Adapter
 from ..errors import ConfigError, closest_divisor
 from ..targets import check_patterns, is_linear, pattern_value
-from .bitfit import BiasedAdapter, BiasedConfig
+from .bitfit import BiasedAdapter, BiasedConfig, own_bias
 from .delta import shape_of
 
 
@@ -48,6 +48,10 @@ class C3AAdapter(BiasedAdapter):
         place = torch.arange(self.kernel.shape[-1], device=self.kernel.device)
         blocks = self.kernel[..., (place - place[:, None]) % len(place)]  # (out / c, in / c, c, c)
         return weight + (blocks.transpose(1, 2).flatten(2).flatten(0, 1) / self.into).to(weight.dtype)
+
+    def neutral(self, site: nn.Module) -> dict[str, Tensor]:
+        bias = own_bias(site) if self.bias is not None else None
+        return {"kernel": torch.zeros_like(self.kernel)} | ({} if bias is None else {"bias.value": bias})
 
 
 class C3AConfig(BiasedConfig):

@@ -45,12 +45,12 @@ class LilyAdapter(Adapter):
             nn.init.zeros_(self.B.weight)
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        h = F.linear(x, self.A.weight.to(x.dtype))  # (B, ..., r)
+        h = F.linear(x, self.A.weight.to(x))  # (B, ..., r); a shared one may lie on another device
         p = F.linear(h, self.router.weight.to(x.dtype)).softmax(-1)
         if tokens := tuple(range(1, x.dim() - 1)):
             p = p.mean(tokens, keepdim=True)
         routed = (p[..., None] * h[..., None, :]).flatten(-2)  # (B, ..., num_B r)
-        return y + (routed @ self.B.weight.to(x.dtype) * self.scale).to(y.dtype)
+        return y + (routed @ self.B.weight.to(x) * self.scale).to(y.dtype)
 
     def hf_key(self, name: str) -> str:
         return f"lily_{name}"
