@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import models
 import pytest
 import torch
 from test_formulas import agrees, attached, trained
 from torch import Tensor
 
-from trimtab import ConfigError, PveraConfig
+from trimtab import ConfigError, PveraConfig, TargetError, get_peft_model
 
 
 def parts(model: Any, own: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +40,12 @@ def test_pvera_draws_around_the_mean(settings: dict[str, Any]) -> None:
     spread = (B * deviation) @ (B * deviation).T  # the covariance
     torch.testing.assert_close(drawn.mean(0), expected[0], rtol=0.05, atol=0.02 * spread.diag().max().sqrt().item())
     torch.testing.assert_close(drawn.T.cov(), spread, rtol=0.05, atol=0.02 * spread.max().item())
+
+
+def test_pvera_is_refused_where_only_the_weight_is_read() -> None:
+    """There what is drawn would be left out without a word."""
+    with pytest.raises(TargetError, match=r"linear1 is never called: .*, and PveraAdapter draws anew"):
+        get_peft_model(models.encoder().model, PveraConfig(r=4, target_modules=["linear1"]))
 
 
 def test_pvera_offers_no_generator_apart() -> None:

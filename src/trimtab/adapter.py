@@ -57,6 +57,7 @@ class Adapter(nn.Module):
     on_input: ClassVar[bool] = False  # whether it is an `InputAdapter`
     takes_means = False  # whether it takes means over the tokens of a row
     dropout: float = 0.0  # probability; 0 where the method has none
+    draws: ClassVar[bool] = False  # whether training draws other random numbers than those of dropout
     rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
     adjusted: ClassVar[frozenset[str]] = frozenset()  # settings of another one that `state_of` makes up for
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ

@@ -21,11 +21,12 @@ class PveraAdapter(ProjectedAdapter):
     }  # fmt: skip
     hf_shared: ClassVar[dict[str, str]] = {"shared.A": "base_model.pvera_A", "shared.B": "base_model.pvera_B"}
 
-    draws = False  # in evaluation, too
+    draws: ClassVar[bool] = True
+    always = False  # in evaluation, too
 
     def inner(self, h: Tensor) -> Tensor:
         mean, log_variance = h.chunk(2, -1)
-        if not (self.training or self.draws):
+        if not (self.training or self.always):
             return mean
         return mean + (log_variance / 2).exp() * torch.randn_like(mean)
 
@@ -55,5 +56,5 @@ class PveraConfig(ProjectedConfig):
 
     def build(self, name: str, site: nn.Module) -> PveraAdapter:
         adapter = PveraAdapter(site, 2 * self.r, self.d_initial, self.pvera_dropout, self.init_weights)
-        adapter.draws = self.sample_at_inference
+        adapter.always = self.sample_at_inference
         return self.with_bias(adapter, site)
