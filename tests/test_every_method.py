@@ -19,16 +19,22 @@ LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {**LINEAR, "init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 2},
+    "beft": LINEAR,
     "bitfit": {},
     "boft": {**LINEAR, "boft_block_size": 4},
     "bottleneck": {"reduction_factor": 4},
+    "c3a": {**LINEAR, "block_size": 4},
     "compacter": {"reduction_factor": 4, "phm_dim": 2},
     "cpt": {"cpt_token_ids": [9, 7, 8], "task_type": "CAUSAL_LM"},
     "delora": {**LINEAR, "r": 4},
     "fourierft": {**LINEAR, "n_frequency": 100},
     "full": {},
+    "glora": {**LINEAR, "r": 2},
+    "gralora": {**LINEAR, "r": 4},
+    "hira": {**LINEAR, "r": 2},
     "hra": {**LINEAR, "r": 2},
     "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "lily": {**LINEAR, "r": 4, "stride_A": 2},
     "llama_adapter": {"adapter_len": 3},
     "ln_tuning": {},
     "loha": {**LINEAR, "r": 2},
@@ -40,10 +46,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "multitask_prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "oft": {**LINEAR, "oft_block_size": 4},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 7, "task_type": "CAUSAL_LM"},
+    "peanut": {**LINEAR, "r": 4, "depth": 1},
     "poly": {**LINEAR, "r": 2},
     "prefix_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
     "prompt_tuning": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
+    "psoft": {**LINEAR, "r": 4},
+    "pvera": {**LINEAR, "r": 4},
     "randlora": {**LINEAR, "r": 4, "randlora_alpha": 20},
+    "road": {**LINEAR, "group_size": 4},
     "shira": {**LINEAR, "r": 4},
     "tinylora": {**LINEAR, "u": 6},
     "trainable_tokens": {"token_indices": IDS[0, 2:6].tolist()},
@@ -114,13 +124,13 @@ def test_generates_with_and_without_a_cache_and_behind_padding(name: str) -> Non
         return model.generate(input_ids=ids, attention_mask=mask, **settings, **more)[:, ids.shape[1] :]
 
     alone = [write(ids) for ids in (long, short)]
-    if name not in ("loreft", "unipelt"):
+    if name not in ("lily", "loreft", "unipelt"):
         # LoReFT edits the prompt's positions, and without a cache each token makes a new prompt; UniPELT's gates are
-        # those of the prompt in the cache, and without one those of all that is there.
+        # those of the prompt in the cache, and without one those of all that is there. So are Lily's routers'.
         assert torch.equal(write(long, use_cache=False), alone[0])
     both = torch.cat([long, torch.cat([torch.zeros(1, 3, dtype=torch.long), short], 1)])
     mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
-    if name != "unipelt":  # its gates look at padding too
+    if name not in ("lily", "unipelt"):  # gates and routers look at padding too
         assert torch.equal(write(both, mask), torch.cat(alone))
         right = torch.cat([short, torch.zeros(1, 3, dtype=torch.long)], 1)
         with torch.no_grad():

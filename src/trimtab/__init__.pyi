@@ -24,16 +24,22 @@ from .errors import (
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .merge import QuantizedMergeWarning
 from .methods.adalora import AdaLoraConfig
+from .methods.beft import BeftConfig
 from .methods.bitfit import BitFitConfig
 from .methods.boft import BOFTConfig
 from .methods.bottleneck import BottleneckConfig
+from .methods.c3a import C3AConfig
 from .methods.compacter import CompacterConfig
 from .methods.cpt import CPTConfig
 from .methods.delora import DeloraConfig
 from .methods.fourierft import FourierFTConfig
 from .methods.full import FullConfig
+from .methods.glora import GloraConfig
+from .methods.gralora import GraloraConfig
+from .methods.hira import HiraConfig
 from .methods.hra import HRAConfig
 from .methods.ia3 import IA3Config
+from .methods.lily import LilyConfig
 from .methods.llama_adapter import AdaptionPromptConfig
 from .methods.ln_tuning import LNTuningConfig
 from .methods.loha import LoHaConfig
@@ -52,10 +58,14 @@ from .methods.miss import MissConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig
 from .methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .methods.peanut import PeanutConfig
 from .methods.poly import PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .methods.psoft import PsoftConfig
+from .methods.pvera import PveraConfig
 from .methods.randlora import RandLoraConfig
+from .methods.road import RoadConfig
 from .methods.shira import ShiraConfig
 from .methods.tinylora import TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig
@@ -83,8 +93,10 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
+    "BeftConfig",
     "BitFitConfig",
     "BottleneckConfig",
+    "C3AConfig",
     "CPTConfig",
     "CheckpointError",
     "CompacterConfig",
@@ -95,10 +107,14 @@ __all__ = [
     "EvaConfig",
     "FourierFTConfig",
     "FullConfig",
+    "GloraConfig",
+    "GraloraConfig",
     "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "InputAdapter",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoReftConfig",
@@ -111,6 +127,7 @@ __all__ = [
     "MultitaskPromptTuningInit",
     "OFTConfig",
     "PartialTargetWarning",
+    "PeanutConfig",
     "PeftConfig",
     "PeftModel",
     "PolyConfig",
@@ -119,9 +136,12 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PsoftConfig",
+    "PveraConfig",
     "QuantizedMergeWarning",
     "RandLoraConfig",
     "RecipeError",
+    "RoadConfig",
     "ShiraConfig",
     "TargetError",
     "TaskType",

@@ -57,6 +57,7 @@ class Adapter(nn.Module):
     on_input: ClassVar[bool] = False  # whether it is an `InputAdapter`
     takes_means = False  # whether it takes means over the tokens of a row
     dropout: float = 0.0  # probability; 0 where the method has none
+    draws: ClassVar[bool] = False  # whether training draws other random numbers than those of dropout
     rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
     folds: tuple[str, ...] = ()  # the parameters of the site that `folded` changes; then it acts by nothing else
     site: ClassVar[Any] = None  # the kind of sites.AnySite that it asks for, where it is not one of the usual ones
@@ -64,7 +65,7 @@ class Adapter(nn.Module):
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_wraps: int = 1  # how often HF PEFT puts the site of such an adapter into a `base_layer`
     hf_shared: ClassVar[dict[str, str]] = {}  # entry that all adapters of a model share -> its whole key there
-    hf_computed: ClassVar[tuple[str, ...]] = ()  # the keys of `computed`
+    hf_computed: tuple[str, ...] = ()  # the ends of the keys of `computed`
     not_merged: ClassVar[str] = "it is no linear map of its input"  # the reason, where `merged` is not given
 
     def __init__(self) -> None:
@@ -146,7 +147,9 @@ class Adapter(nn.Module):
         return self.hf_shared.get(name, "")
 
     def computed(self) -> dict[str, Tensor]:
-        """What HF PEFT's file holds that is no parameter here but follows from them; not read back."""
+        """What HF PEFT's file holds that is no parameter here but follows from them, by the end of its key; not read
+        back.
+        """
         return {}
 
     def expect(self, keys: Collection[str]) -> None:

@@ -131,7 +131,7 @@ def _fill(
         adapter.expect(tensors)
     root = config.hf_root
     keys = hf_format.keys(adapters, config)
-    computed = {key for adapter in adapters.values() for key in adapter.hf_computed}
+    computed = hf_format.computed_keys(adapters, config)
     missing = [key for key in keys.values() if key not in tensors]
     others = [key for key in tensors if key not in keys.values() and key not in computed]
     extra = [key for key in others if not _is_said_elsewhere(key, tensors, model, root, adapters)]

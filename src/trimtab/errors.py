@@ -14,6 +14,7 @@ All of them are `ValueError`s. A message says which rule was broken, by which va
 """
 
 import difflib
+import math
 import sys
 import warnings
 from collections.abc import Iterable
@@ -72,6 +73,12 @@ def closest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
         return max(difflib.SequenceMatcher(None, word.lower(), part).ratio() for part in lowered[name])
 
     return [name for name in sorted(names, key=likeness, reverse=True) if likeness(name) >= 0.6][:n]
+
+
+def closest_divisor(wanted: int, *sizes: int) -> int:
+    """The number closest to `wanted` that divides all of these."""
+    most = math.gcd(*sizes)
+    return min((number for number in range(1, most + 1) if most % number == 0), key=lambda number: abs(number - wanted))
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

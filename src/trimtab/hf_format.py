@@ -34,12 +34,22 @@ def keys(adapters: Mapping[str, Adapter], config: PeftConfig) -> dict[tuple[str,
     adapters = {path: adapter for path, adapter in adapters.items() if not isinstance(adapter, Union)}
     owner: dict[int, str] = {}  # of an adapter that several sites share, the first
     for path, adapter in adapters.items():
-        at = owner.setdefault(id(adapter), path)
-        flat = isinstance(adapter, InputAdapter) and adapter.hf_flat
-        before = "" if flat else f"{config.hf_root}{_path(at, adapters)}."
+        before = _before(owner.setdefault(id(adapter), path), adapters, config)
         for name in adapter.state_dict():
             found[path, name] = adapter.hf_shared_key(name) or before + adapter.hf_key(name)
     return found
+
+
+def computed_keys(adapters: Mapping[str, Adapter], config: PeftConfig) -> set[str]:
+    """The keys of what HF PEFT's files hold beside, and nobody reads."""
+    return {_before(path, adapters, config) + end for path, adapter in adapters.items() for end in adapter.hf_computed}
+
+
+def _before(path: str, adapters: Mapping[str, Adapter], config: PeftConfig) -> str:
+    """What stands before the method's own part of a key."""
+    adapter = adapters[path]
+    flat = isinstance(adapter, InputAdapter) and adapter.hf_flat
+    return "" if flat else f"{config.hf_root}{_path(path, adapters)}."
 
 
 def _path(path: str, adapters: Mapping[str, Adapter]) -> str:
@@ -77,7 +87,8 @@ def state(
             own = {entry: found[key] for (_, entry), key in keys({path: adapter}, config).items()}
             copied = copy.deepcopy(adapter).cpu()
             copied.load_state_dict(own, assign=True)
-            found |= {key: value.detach().contiguous() for key, value in copied.computed().items()}
+            before = _before(path, adapters, config)
+            found |= {before + end: value.detach().contiguous() for end, value in copied.computed().items()}
     return found
 
 

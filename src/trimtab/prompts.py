@@ -27,7 +27,7 @@ class VirtualTokens(InputAdapter):
     """
 
     hf_flat: ClassVar[bool] = True
-    hf_computed: ClassVar[tuple[str, ...]] = (FLAT,)
+    hf_computed: tuple[str, ...] = (FLAT,)
     alone: ClassVar[bool] = True
     encoder: nn.Module | None
 

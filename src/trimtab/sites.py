@@ -323,6 +323,9 @@ def check(name: str, module: nn.Module, parent: nn.Module | None, adapter: Adapt
         raise TargetError(f"{rule}, which {type(adapter).__name__} is not. Leave it out with exclude_modules.")
     if adapter.dropout:
         raise TargetError(f"{rule} and its dropout 0, not {adapter.dropout}; or leave it out with exclude_modules.")
+    if adapter.draws:
+        raise TargetError(f"{rule}, and {type(adapter).__name__} draws anew for every token. "
+                          "Leave it out with exclude_modules.")  # fmt: skip
 
 
 def add(module: nn.Module, parent: nn.Module | None, name: str, adapter: Adapter, active: Active) -> "AnySite":

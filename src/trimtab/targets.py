@@ -166,10 +166,10 @@ class TargetConfig(SavedModulesConfig):
             raise ConfigError("target_modules is a regular expression: write the layers into it, not beside it.")
         config = super().resolved(model)
         if self.target_modules is None:
-            return config.model_copy(update={"target_modules": self.default_targets(model)})
-        if self.target_modules == ALL_LINEAR:
+            config = config.model_copy(update={"target_modules": self.default_targets(model)})
+        elif self.target_modules == ALL_LINEAR:
             found = compact(self._all_linear(model, config.modules_to_save or []), model)
-            return config.model_copy(update={"target_modules": found})
+            config = config.model_copy(update={"target_modules": found})
         return config
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:

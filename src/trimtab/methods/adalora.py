@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from .. import weights
 from ..adapter import Adapter
 from ..errors import ConfigError, did_you_mean
-from ..targets import TargetConfig
+from ..targets import FanConfig
 from .lora import LoraConfig
 
 KEPT_DIM = {"P": 1, "E": 0, "Q": 0}  # along which a parameter's triplets lie
@@ -72,7 +72,7 @@ class AdaLoraAdapter(Adapter):
         return self.P * self.scale, self.E * self.Q
 
 
-class AdaLoraConfig(TargetConfig):
+class AdaLoraConfig(FanConfig):
     """AdaLoRA's settings; the steps are steps of the optimizer.
 
     init_r, target_r: rank of every site at first, and on average in the end. total_step: steps of the whole training,
@@ -112,7 +112,6 @@ class AdaLoraConfig(TargetConfig):
     total_step: int | None = Field(default=None, ge=1)
     lora_alpha: int | float = Field(default=8, gt=0)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    fan_in_fan_out: bool = False
     init_lora_weights: bool = True
     rank_pattern: dict[str, list[bool]] | None = None
 
@@ -132,11 +131,6 @@ class AdaLoraConfig(TargetConfig):
     @property
     def is_final(self) -> bool:
         return self.rank_pattern is not None
-
-    def resolved(self, model: nn.Module) -> "AdaLoraConfig":
-        config = super().resolved(model)
-        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
-        return config.model_copy(update={"fan_in_fan_out": fan})
 
     def fits(self, module: nn.Module) -> bool:
         shape = weights.layout(module)

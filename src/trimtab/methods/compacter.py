@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..adapter import Adapter
-from ..errors import ConfigError
+from ..errors import ConfigError, closest_divisor
 from ..targets import TargetConfig
 from .bottleneck import ends_of_parts, squeeze, width
 
@@ -100,8 +100,8 @@ class CompacterConfig(TargetConfig):
         n, m = width(site), self.phm_dim
         assert n is not None
         if n % m:
-            closest = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - m))
-            raise ConfigError(f"{name} is {n} wide, which phm_dim={m} does not divide. Closest: {closest}.")
+            raise ConfigError(f"{name} is {n} wide, which phm_dim={m} does not divide. "
+                              f"Closest: {closest_divisor(m, n)}.")  # fmt: skip
         r = int(n / self.reduction_factor) // m * m
         if r == 0:
             raise ConfigError(f"{name} is {n} wide: reduction_factor={self.reduction_factor:g} leaves fewer than the "

@@ -79,10 +79,6 @@ def shape_of(site: nn.Module) -> tuple[int, ...]:
     return shape.out, shape.into // shape.groups, *shape.kernel
 
 
-def closest_divisor(size: int, wanted: int) -> int:
-    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - wanted))
-
-
 def core_shape(r: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
     """Of the core tensor between two factors of the channels; HF PEFT gives a Conv1d's a second kernel side."""
     return r, r, *kernel, *([1] if len(kernel) == 1 else [])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import weights
 from ..adapter import Adapter
 from ..errors import ConfigError, TargetError, did_you_mean
-from ..targets import ALL_LINEAR, TargetConfig, base_modules, means
+from ..targets import ALL_LINEAR, FanConfig, base_modules, means
 
 # Keys, values and the feed-forward part's second layer, by the names they go under.
 PARTS = (
@@ -76,7 +76,7 @@ class IA3Adapter(Adapter):
         return {"scale": torch.ones_like(self.scale)}
 
 
-class IA3Config(TargetConfig):
+class IA3Config(FanConfig):
     """IA3's settings.
 
     feedforward_modules: those of the targets whose input is scaled instead of their output, as names (full, or last
@@ -97,7 +97,6 @@ class IA3Config(TargetConfig):
     not_in_hf: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
 
     feedforward_modules: list[str] | str | None = None
-    fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 
     @field_validator("feedforward_modules", mode="before")
@@ -114,8 +113,7 @@ class IA3Config(TargetConfig):
         feedforward = self.feedforward_modules
         if feedforward is None:
             feedforward = [_parts(model)[1]] if self.target_modules is None else []
-        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
-        return config.model_copy(update={"feedforward_modules": feedforward, "fan_in_fan_out": fan})
+        return config.model_copy(update={"feedforward_modules": feedforward})
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
         made = super().adapters(model)

@@ -27,7 +27,7 @@ from ..adapter import Adapter
 from ..errors import CheckpointError, ConfigError, MergeError, TargetError, did_you_mean
 from ..rows import Group, Rows
 from ..sites import AnySite
-from ..targets import TargetConfig, check_patterns, is_linear, pattern_name, pattern_value, shared
+from ..targets import FanConfig, check_patterns, is_linear, pattern_name, pattern_value, shared
 from . import lora_groups
 from .alora import Invocation, invocation
 from .bitfit import TrainedBias, add_biases, has_bias
@@ -204,7 +204,7 @@ class LoraAdapter(Adapter):
         return f"lora_embedding_{name}" if self.embeds else f"lora_{name}.weight"
 
 
-class LoraConfig(TargetConfig):
+class LoraConfig(FanConfig):
     """LoRA's settings.
 
     r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability, on the input of A. bias: which biases are
@@ -255,7 +255,6 @@ class LoraConfig(TargetConfig):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
-    fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
@@ -283,9 +282,7 @@ class LoraConfig(TargetConfig):
     def resolved(self, model: nn.Module) -> "LoraConfig":
         alone = self.target_parameters is not None and self.target_modules is None
         given = self.model_copy(update={"target_modules": []}) if alone else self
-        config = super(LoraConfig, given).resolved(model)
-        fan = any(weights.is_gpt2_conv1d(site) for site in config.find(model).values())
-        return config.model_copy(update={"fan_in_fan_out": fan})
+        return super(LoraConfig, given).resolved(model)
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         return {} if self.target_parameters and not self.target_modules else super().find(model)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from .. import weights
 from ..adapter import Adapter
-from ..errors import ConfigError
+from ..errors import ConfigError, closest_divisor
 from ..targets import is_linear
 from .biased import BiasedAdapter, BiasedConfig
-from .delta import closest_divisor, shape_of
+from .delta import shape_of
 
 
 class MissAdapter(BiasedAdapter):
@@ -121,5 +121,5 @@ class MissConfig(BiasedConfig):
 
 def _check_divides(name: str, setting: str, wanted: int, whole: int, why: str) -> None:
     if whole % wanted:
-        near = closest_divisor(whole, wanted)
+        near = closest_divisor(wanted, whole)
         raise ConfigError(f"{name}: {setting}={wanted} {why}, and does not divide {whole}. Closest: {near}.")

@@ -41,7 +41,7 @@ class TaskSite(InputSite):
 
 class MultitaskPrompt(Prompt):
     site: ClassVar[Any] = TaskSite
-    hf_computed: ClassVar[tuple[str, ...]] = ()
+    hf_computed = ()
     hf_names: ClassVar[dict[str, str]] = {"embedding": FLAT, "u": COLUMNS, "v": ROWS}
 
     def __init__(self, embedding: nn.Parameter, tokens: int, u: nn.Parameter, v: nn.Parameter) -> None:

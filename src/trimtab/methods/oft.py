@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from .biased import BiasedConfig
-from .rotation import RotationAdapter, cayley, drop_blocks, split, turned_features
+from .rotation import RotationAdapter, cayley, drop_blocks, series, skew, split, turned_features
 
 
 class OFTAdapter(RotationAdapter):
@@ -37,16 +37,12 @@ class OFTAdapter(RotationAdapter):
     def _blocks(self) -> Tensor:
         """R as (blocks, b, b), or (1, b, b) if they are shared."""
         upper = self.upper.to(weights.master_dtype(self.upper.dtype))
-        rows, columns = torch.triu_indices(self.block, self.block, 1, device=upper.device)
-        Q = upper.new_zeros(len(upper), self.block, self.block).index_put(
-            (torch.arange(len(upper), device=upper.device)[:, None], rows, columns), upper
-        )
-        Q = Q - Q.mT
+        Q = skew(upper, self.block)
         if self.limit < math.inf:
             limit = self.limit / math.sqrt(len(upper))
             length = torch.linalg.vector_norm(Q.detach(), dim=(1, 2), keepdim=True)
             Q = Q + (Q * (limit / length).clamp(max=1) - Q).detach()
-        return cayley(Q) if self.terms is None else _series(Q, self.terms)
+        return cayley(Q) if self.terms is None else series(Q, self.terms)
 
     def rotate(self, v: Tensor, drop: bool) -> Tensor:
         R = self._blocks().expand(self.n // self.block, -1, -1)
@@ -55,20 +51,9 @@ class OFTAdapter(RotationAdapter):
         return torch.einsum("...kb,kbc->...kc", v.reshape(*v.shape[:-1], -1, self.block), R.to(v.dtype)).flatten(-2)
 
     def hf_key(self, name: str) -> str:
-        own = "oft_embedding_R.weight" if self.embeds else "oft_R.weight"
-        return own if name == "upper" else super().hf_key(name)
-
-
-def _series(Q: Tensor, terms: int) -> Tensor:
-    """The sum of `terms` terms of (I + Q) (I - Q)^-1 = I + 2 Q + 2 Q^2 + ..., as HF PEFT counts them."""
-    total = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
-    if terms < 3:
-        return total + 2 * Q if terms == 2 else total
-    power, last = Q, max(terms - 1, 3)
-    for exponent in range(1, last + 1):
-        total = total + (1 if exponent == last else 2) * power
-        power = power @ Q
-    return total
+        if name == "bias.value":
+            return "base_layer.bias"
+        return "oft_embedding_R.weight" if self.embeds else "oft_R.weight"
 
 
 class OFTConfig(BiasedConfig):

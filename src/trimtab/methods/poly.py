@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..adapter import Adapter, InputAdapter
-from ..errors import AdapterError, ConfigError, MergeError
+from ..errors import AdapterError, ConfigError, MergeError, closest_divisor
 from ..prompts import reader
 from ..targets import TargetConfig, is_linear, takes
-from .delta import closest_divisor
 from .multitask_prompt_tuning import TaskSite
 
 LEAST = 1e-12  # that the sum of z is taken for
@@ -175,6 +174,6 @@ class PolyConfig(TargetConfig):
         if (both := math.gcd(shape.out, shape.into)) % self.n_splits:
             raise ConfigError(
                 f"{name} has {shape.into} inputs and {shape.out} outputs, which n_splits={self.n_splits} does not "
-                f"divide. Closest: {closest_divisor(both, self.n_splits)}."
+                f"divide. Closest: {closest_divisor(self.n_splits, both)}."
             )
         return PolyAdapter(site, self.r, self.n_tasks, self.n_skills, self.n_splits, self.init_weights)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import weights
-from ..errors import ConfigError
+from ..errors import ConfigError, closest_divisor
 from .biased import BiasedAdapter
 from .bitfit import own_bias
-from .delta import closest_divisor, shape_of
+from .delta import shape_of
 
 
 class RotationAdapter(BiasedAdapter):
@@ -82,11 +82,29 @@ def turned_features(site: nn.Module) -> int:
 def split(name: str, features: int, setting: str, wanted: int) -> int:
     """features / wanted, or a ConfigError that names the closest number that divides."""
     if wanted < 1 or features % wanted:
-        near = closest_divisor(features, wanted)
-        raise ConfigError(
-            f"{name} turns {features} features: {setting}={wanted} does not divide them. Closest: {near}."
-        )
+        raise ConfigError(f"{name} turns {features} features: {setting}={wanted} does not divide them. "
+                          f"Closest: {closest_divisor(wanted, features)}.")  # fmt: skip
     return features // wanted
+
+
+def skew(upper: Tensor, size: int) -> Tensor:
+    """Q (blocks, size, size) with these numbers (blocks, size (size - 1) / 2) above its diagonal, and Q = -Q^T."""
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    blocks = torch.arange(len(upper), device=upper.device)[:, None]
+    Q = upper.new_zeros(len(upper), size, size).index_put((blocks, rows, columns), upper)
+    return Q - Q.mT
+
+
+def series(Q: Tensor, terms: int) -> Tensor:
+    """The sum of `terms` terms of (I + Q) (I - Q)^-1 = I + 2 Q + 2 Q^2 + ..., as HF PEFT counts them."""
+    total = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
+    if terms < 3:
+        return total + 2 * Q if terms == 2 else total
+    power, last = Q, max(terms - 1, 3)
+    for exponent in range(1, last + 1):
+        total = total + (1 if exponent == last else 2) * power
+        power = power @ Q
+    return total
 
 
 def cayley(Q: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..adapter import Adapter
-from ..errors import ConfigError
+from ..errors import ConfigError, closest_divisor
 from ..targets import FanConfig
-from .delta import closest_divisor, shape_of
+from .delta import shape_of
 from .pair import PairAdapter, PairConfig, Shared
 
 
@@ -100,6 +100,6 @@ class VBLoRAConfig(PairConfig, FanConfig):
         if both % self.vector_length:
             raise ConfigError(
                 f"{name}: vector_length={self.vector_length} must divide its inputs and outputs, {shape_of(site)[1]} "
-                f"and {shape_of(site)[0]}. Closest: {closest_divisor(both, self.vector_length)}."
+                f"and {shape_of(site)[0]}. Closest: {closest_divisor(self.vector_length, both)}."
             )
         return self.biased(VBLoRAAdapter(site, self), site)
