@@ -46,14 +46,14 @@ class TinyLoraAdapter(PairAdapter):
             self.B.copy_(U[:, :r] * S[:r].sqrt())
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        R = torch.einsum("i,ijk->jk", self.shared.values, self.P.to(self.shared.values))
-        A, B = self.A.to(R), self.B.to(R)
+        A, B, P = self.A, self.B, self.P.to(self.A)
+        R = torch.einsum("i,ijk->jk", self.shared.values.to(A), P)
         return (A.T @ R.T, B.T) if self.embeds else (B @ R, A)
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if not self.embeds:
             return super().after(site, x, y)
-        B, A = (matrix.to(y.dtype) for matrix in self.pair())
+        B, A = (matrix.to(y) for matrix in self.pair())
         h = F.dropout(weights.linear(site, x, A), self.dropout, self.training)
         return self.with_bias(site, y + F.linear(h, B))
 
@@ -76,7 +76,7 @@ class TinyLoraConfig(PairConfig, FanConfig):
     relative_rate: ClassVar[float] = 10.0
     when: ClassVar[str] = "Reinforcement learning of what the model nearly knows, with tens of parameters."
     evidence: ClassVar[str] = (
-        "Morris et al. report that language models of 7 and 8 billion parameters learn to solve problems of "
+        "Morris et al. report that a language model of about 8 billion parameters learns to solve problems of "
         "mathematics by reinforcement learning with very few numbers, 13 in the extreme, and that supervised training "
         "needs many more. At the start the singular vectors of each weight are computed once."
     )
