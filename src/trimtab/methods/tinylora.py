@@ -29,11 +29,12 @@ class TinyLoraAdapter(PairAdapter):
     shared: Shared  # v; TinyLoraConfig.adapters puts it in, and P
     group: int  # of the sites with this v
 
-    def __init__(self, site: nn.Module, r: int, dropout: float, seed: int) -> None:
+    def __init__(self, site: nn.Module, r: int, dropout: float, seed: int | None) -> None:
         super().__init__()
         out, into = shape_of(site)
         self.embeds = isinstance(site, nn.Embedding)
-        self.rank, self.dropout, self.seed = (r, min(out, into)), dropout, seed
+        self.rank, self.dropout = (r, min(out, into)), dropout
+        self.seed = seed  # None where P is in the file; else adapters of two seeds would seem to be of one kind
         r = min(self.rank)
         like = weights.new_parameter(site, 0)
         rows, columns = (into, out) if self.embeds else (out, into)
@@ -124,4 +125,5 @@ class TinyLoraConfig(PairConfig, FanConfig):
         return v
 
     def build(self, name: str, site: nn.Module) -> TinyLoraAdapter:
-        return self.biased(TinyLoraAdapter(site, self.r, self.tinylora_dropout, self.projection_seed), site)
+        seed = None if self.save_projection else self.projection_seed
+        return self.biased(TinyLoraAdapter(site, self.r, self.tinylora_dropout, seed), site)
