@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -17,12 +18,14 @@ from trimtab import (
     DeloraConfig,
     FourierFTConfig,
     MissConfig,
+    PeftConfig,
     PeftModel,
     RandLoraConfig,
     ShiraConfig,
     TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
+    VeraConfig,
     WaveFTConfig,
     get_peft_model,
 )
@@ -429,3 +432,39 @@ def test_tinylora_s_starts(init: bool | str, bound: float) -> None:
     v = get_peft_model(models.mlp().model, config).first.adapters["default"].shared.values
     assert v.abs().max() <= bound
     assert v.std().item() == pytest.approx({True: 0, "uniform": 0.3 / 3**0.5, False: 1}[init], abs=0.1)
+
+
+# ------------------------------------------------------------------------------------------ what follows from a seed
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "saved"),
+    [
+        (FourierFTConfig(n_frequency=9), {"random_loc_seed": 5}, False),
+        (WaveFTConfig(n_frequency=9), {"random_loc_seed": 5}, False),
+        (WaveFTConfig(n_frequency=9), {"wavelet_family": "db2"}, False),
+        (VeraConfig(r=4, save_projection=False), {"projection_prng_key": 5}, False),
+        (VeraConfig(r=4), {"projection_prng_key": 5}, True),
+        (RandLoraConfig(r=4, save_projection=False), {"projection_prng_key": 5}, False),
+        (RandLoraConfig(r=4, save_projection=False), {"sparse": True}, False),
+        (RandLoraConfig(r=4), {"projection_prng_key": 5}, True),
+        (UniLoraConfig(theta_d_length=20), {"proj_seed": 5}, False),
+        (TinyLoraConfig(u=4, save_projection=False), {"projection_seed": 5}, False),
+        (TinyLoraConfig(u=4), {"projection_seed": 5}, True),
+        (ShiraConfig(r=2, random_seed=3), {"random_seed": 5}, True),
+    ],
+    ids=lambda value: getattr(value, "peft_type", str(value)),
+)
+def test_adapters_of_two_seeds_change_places_only_if_files_hold_what_was_drawn(
+    first: PeftConfig, other: dict[str, Any], saved: bool, tmp_path: Path
+) -> None:
+    model, inputs, _ = attached(first.model_copy(update=other), models.gpt2())
+    model.save_pretrained(tmp_path)
+    expected = output(model, inputs)
+    swapped, _, _ = attached(first, models.gpt2())
+    if saved:
+        swapped.hotswap_adapter(tmp_path, "default")
+        torch.testing.assert_close(output(swapped, inputs), expected, rtol=0, atol=0)
+    else:
+        with pytest.raises(CheckpointError, match="it differs in"):
+            swapped.hotswap_adapter(tmp_path, "default")

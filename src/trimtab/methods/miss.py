@@ -94,7 +94,7 @@ class MissConfig(BiasedConfig):
     when: ClassVar[str] = "In place of LoRA where time and memory count: half of its pair, the other half is a sum."
     evidence: ClassVar[str] = (
         "Kang and Yin report better results than LoRA and its variants with faster convergence and less memory on "
-        "language models of 7 billion parameters and more. Bat reads the weight in every step, which costs what "
+        "language models of several billion parameters. Bat reads the weight in every step, which costs what "
         "MiSS saves."
     )
     hf_prefix: ClassVar[str] = "miss_"

@@ -15,13 +15,13 @@ class PairAdapter(BiasedAdapter):
         """B and A."""
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        B, A = (matrix.to(x.dtype) for matrix in self.pair())
+        B, A = (matrix.to(x) for matrix in self.pair())
         h = F.linear(F.dropout(x, self.dropout, self.training), A)
         return self.with_bias(site, y + F.linear(h, B).to(y.dtype))
 
     def merged(self, site: nn.Module, weight: Tensor) -> Tensor:
         B, A = self.pair()
-        return weight + (B @ A).to(weight.dtype)
+        return weight + (B @ A).to(weight)
 
     def low_rank(self, site: nn.Module) -> tuple[Tensor, Tensor] | None:
         return self.pair()

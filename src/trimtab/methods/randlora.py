@@ -31,6 +31,7 @@ class Bases(nn.Module):
     def __init__(self, short: int, long: int, r: int, seed: int, sparsity: float | None, saved: bool) -> None:
         """sparsity: one of as many entries is not zero; None for entries of a uniform distribution."""
         super().__init__()
+        self.drawn = None if saved else (seed, sparsity or 0)  # or adapters of two seeds would seem to be of one kind
         # On the CPU whatever the device, so that a seed means the same numbers everywhere; HF PEFT draws the same.
         generator = torch.Generator("cpu").manual_seed(seed)
         n = math.ceil(short / r)

@@ -90,4 +90,4 @@ class SpectrumConfig(BiasedConfig, FanConfig):
 def scattered(values: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
     """A matrix of values (n,) at places (n,), counted row by row, and of zeros; never below float32."""
     values = values.to(weights.master_dtype(values.dtype))
-    return values.new_zeros(rows * columns).scatter(0, index, values).view(rows, columns)
+    return values.new_zeros(rows * columns).scatter(0, index.to(values.device), values).view(rows, columns)

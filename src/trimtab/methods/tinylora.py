@@ -29,11 +29,12 @@ class TinyLoraAdapter(PairAdapter):
     shared: Shared  # v; TinyLoraConfig.adapters puts it in, and P
     group: int  # of the sites with this v
 
-    def __init__(self, site: nn.Module, r: int, dropout: float, seed: int) -> None:
+    def __init__(self, site: nn.Module, r: int, dropout: float, seed: int | None) -> None:
         super().__init__()
         out, into = shape_of(site)
         self.embeds = isinstance(site, nn.Embedding)
-        self.rank, self.dropout, self.seed = (r, min(out, into)), dropout, seed
+        self.rank, self.dropout = (r, min(out, into)), dropout
+        self.seed = seed  # None where P is in the file; else adapters of two seeds would seem to be of one kind
         r = min(self.rank)
         like = weights.new_parameter(site, 0)
         rows, columns = (into, out) if self.embeds else (out, into)
@@ -46,14 +47,14 @@ class TinyLoraAdapter(PairAdapter):
             self.B.copy_(U[:, :r] * S[:r].sqrt())
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        R = torch.einsum("i,ijk->jk", self.shared.values, self.P.to(self.shared.values))
-        A, B = self.A.to(R), self.B.to(R)
+        A, B, P = self.A, self.B, self.P.to(self.A)
+        R = torch.einsum("i,ijk->jk", self.shared.values.to(A), P)
         return (A.T @ R.T, B.T) if self.embeds else (B @ R, A)
 
     def after(self, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if not self.embeds:
             return super().after(site, x, y)
-        B, A = (matrix.to(y.dtype) for matrix in self.pair())
+        B, A = (matrix.to(y) for matrix in self.pair())
         h = F.dropout(weights.linear(site, x, A), self.dropout, self.training)
         return self.with_bias(site, y + F.linear(h, B))
 
@@ -76,7 +77,7 @@ class TinyLoraConfig(PairConfig, FanConfig):
     relative_rate: ClassVar[float] = 10.0
     when: ClassVar[str] = "Reinforcement learning of what the model nearly knows, with tens of parameters."
     evidence: ClassVar[str] = (
-        "Morris et al. report that language models of 7 and 8 billion parameters learn to solve problems of "
+        "Morris et al. report that a language model of about 8 billion parameters learns to solve problems of "
         "mathematics by reinforcement learning with very few numbers, 13 in the extreme, and that supervised training "
         "needs many more. At the start the singular vectors of each weight are computed once."
     )
@@ -124,4 +125,5 @@ class TinyLoraConfig(PairConfig, FanConfig):
         return v
 
     def build(self, name: str, site: nn.Module) -> TinyLoraAdapter:
-        return self.biased(TinyLoraAdapter(site, self.r, self.tinylora_dropout, self.projection_seed), site)
+        seed = None if self.save_projection else self.projection_seed
+        return self.biased(TinyLoraAdapter(site, self.r, self.tinylora_dropout, seed), site)

@@ -40,7 +40,7 @@ class VBLoRAAdapter(PairAdapter):
     def _parts(self, logits: Tensor) -> Tensor:
         """(..., h) -> (..., v)."""
         highest, places = logits.topk(self.topk)
-        return (highest.softmax(-1)[..., None] * self.bank.values[places]).sum(-2)
+        return (highest.softmax(-1)[..., None] * self.bank.values.to(logits)[places]).sum(-2)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         B = self._parts(self.logits_B).mT.flatten(0, 1)  # (out / v, v, r) -> (out, r)

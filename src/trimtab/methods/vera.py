@@ -28,6 +28,7 @@ class Projections(nn.Module):
 
     def __init__(self, rows: int, into: int, out: int, r: int, seed: int, saved: bool) -> None:
         super().__init__()
+        self.seed = None if saved else seed  # or adapters of two seeds would seem to be of one kind
         # On the CPU whatever the device, so that a seed means the same numbers everywhere; HF PEFT draws the same.
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, shape in (("A", (rows, into)), ("B", (out, r))):
