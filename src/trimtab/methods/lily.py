@@ -32,6 +32,7 @@ class Matrix(nn.Module):
 class LilyAdapter(Adapter):
     not_merged: ClassVar[str] = "its router looks at the input"
     takes_means = True
+    shares: tuple[str, int]  # the kind of its layer, and stride_A
 
     def __init__(self, site: nn.Module, config: "LilyConfig") -> None:
         """B holds the experts one below the other, (num_B r, out)."""
@@ -92,8 +93,9 @@ class LilyConfig(TargetConfig):
             if isinstance(adapter, LilyAdapter):
                 kind = self._entry(name), adapter.A.weight.shape[1], adapter.B.weight.shape[1]
                 kinds.setdefault(kind, []).append(adapter)
-        for alike in kinds.values():
+        for (entry, *_), alike in kinds.items():
             for place, adapter in enumerate(alike):
+                adapter.shares = entry, self.stride_A
                 adapter.A, adapter.B = alike[place - place % self.stride_A].A, alike[0].B
         return made
 

@@ -35,6 +35,8 @@ class PsoftAdapter(Adapter):
         self.rank = r, min(start.A.shape[1], len(start.B))
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.limit = config.cayley_neumann_eps
+        by_chance = (config.random_seed, config.psoft_svd_lowrank_niter) if config.psoft_svd == "lowrank" else ()
+        self.decomposed = config.ab_svd_init, *by_chance  # what R means follows from it
         self.register_buffer("signs", _signs(start.A))  # those that the weights were trained in,
         self.register_buffer("here", _signs(start.A), persistent=False)  # and those of A
         self.weight = weights.new_parameter(site, *((r * (r - 1) // 2,) if orthogonal else (r, r)))
@@ -102,8 +104,8 @@ class PsoftConfig(TargetConfig):
     relative_rate: ClassVar[float] = 2.0
     when: ClassVar[str] = "As OFT, with far fewer parameters: only what matters most in a weight is turned."
     evidence: ClassVar[str] = (
-        "Wu et al. try it on 35 language and vision tasks with four models, and report results on a par with other "
-        "orthogonal methods or better with less memory and time. The weights are decomposed when it is attached and "
+        "Wu et al. try it on 35 language and vision tasks with four models, and report that it needs less memory "
+        "and time than the orthogonal methods before it. The weights are decomposed when it is attached and "
         "when it is loaded, which takes its time, and the base must then be the very same."
     )
     hf_prefix: ClassVar[str] = "psoft_"
