@@ -19,8 +19,8 @@ BENCHMARK = Path(__file__).parents[1] / "docs" / "benchmarks" / "methods.json"
 
 def test_the_beginning_of_a_name_will_do() -> None:
     assert methods_of("lora, prefix,prompt,lora") == ["lora", "prefix_tuning", "prompt_tuning"]
-    with pytest.raises(ConfigError, match=r"no method 'p'. It could be: p_tuning, prefix_tuning, prompt_tuning"):
-        methods_of("lora,p")
+    with pytest.raises(ConfigError, match=r"no method 'pr'\. It could be: prefix_tuning, prompt_tuning"):
+        methods_of("lora,pr")
     with pytest.raises(ConfigError, match=r"no method 'lorra'. Did you mean 'lora'"):
         methods_of("lorra")
     with pytest.raises(ConfigError, match="Name methods, of these: adalora, "):

@@ -13,7 +13,7 @@ from test_formulas import attached, trained
 from test_interop_methods import Tiny, pair, rows, run
 
 import trimtab
-from trimtab import ConfigError, LilyConfig
+from trimtab import CheckpointError, ConfigError, LilyConfig
 
 
 def test_lily_mixes_experts_by_the_mean_over_a_row() -> None:
@@ -67,6 +67,13 @@ def test_lily_refuses_what_leaves_nothing_to_route() -> None:
         LilyConfig(num_B=1)
     with pytest.raises(ConfigError, match="stride_A=0: Input should be greater than or equal to 1"):
         LilyConfig(stride_A=0)
+
+
+def test_a_lily_that_shares_otherwise_does_not_take_the_place_of_one(tmp_path: Path) -> None:
+    attached(LilyConfig(r=3), models.llama())[0].save_pretrained(tmp_path)
+    model, _, _ = attached(LilyConfig(r=3, stride_A=2), models.llama())
+    with pytest.raises(CheckpointError, match="it differs in shares"):
+        model.hotswap_adapter(tmp_path, "default")
 
 
 CASES = [

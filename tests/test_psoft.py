@@ -11,7 +11,7 @@ from test_formulas import agrees, attached, skew, trained
 from torch import Tensor
 
 import trimtab
-from trimtab import ConfigError, PsoftConfig
+from trimtab import CheckpointError, ConfigError, PsoftConfig
 
 FIRST: dict[str, Any] = {"r": 3, "target_modules": ["first"]}
 
@@ -54,7 +54,7 @@ def test_psoft_turns_the_main_directions(settings: dict[str, Any], numbers: int)
 
 
 def test_an_orthogonal_psoft_keeps_the_lengths_in_its_subspace() -> None:
-    """Of all of W, what is left of the singular values is what W has."""
+    """With all of W in it, W keeps its singular values."""
     config = PsoftConfig(r=5, psoft_mag_a=False, psoft_mag_b=False, target_modules=["first"])
     model, _, _ = attached(config)
     before = torch.linalg.svdvals(model.first.weight.detach())
@@ -105,3 +105,15 @@ def test_psoft_refuses_what_makes_no_sense() -> None:
         base = torch.nn.Sequential(torch.nn.Linear(5, 7))
     with pytest.raises(ConfigError, match="0 has no values yet, which PSOFT decomposes"):
         trimtab.get_peft_model(base, PsoftConfig(r=3, target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    "other", [{"ab_svd_init": "pissa_init"}, {"psoft_svd": "lowrank"}, {"use_cayley_neumann": True}], ids=str
+)
+def test_a_psoft_of_another_meaning_does_not_take_the_place_of_one(other: dict[str, Any], tmp_path: Path) -> None:
+    attached(PsoftConfig(**FIRST, **other))[0].save_pretrained(tmp_path)
+    model, inputs, _ = attached(PsoftConfig(**FIRST))
+    before = models.output(model, inputs)
+    with pytest.raises(CheckpointError, match=r"cannot take the place of 'default'\. At first it differs in"):
+        model.hotswap_adapter(tmp_path, "default")
+    assert torch.equal(models.output(model, inputs), before)

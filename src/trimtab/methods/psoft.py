@@ -42,11 +42,14 @@ class PsoftAdapter(Adapter):
         self.weight = weights.new_parameter(site, *((r * (r - 1) // 2,) if orthogonal else (r, r)))
         self.vector_a = weights.new_parameter(site, r) if config.psoft_mag_a else None
         self.vector_b = weights.new_parameter(site, r) if config.psoft_mag_b else None
-        nn.init.zeros_(self.weight) if orthogonal else nn.init.eye_(self.weight)
+        if orthogonal:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.eye_(self.weight)
         for vector in (self.vector_a, self.vector_b):
             if vector is not None:
                 nn.init.ones_(vector)
-        if not config.init_weights and not self.weight.is_meta:  # no identity: for tests, and for loaded weights
+        if not config.init_weights:  # no identity: for tests, and for those who load weights anyway
             self.weight.data += 0.1 * torch.randn_like(self.weight)
 
     def _turn(self) -> Tensor:
