@@ -52,6 +52,7 @@ class TaskIds(InputAdapter):
 
 
 class PolyAdapter(Adapter):
+    draws: ClassVar[bool] = True
     hf_names: ClassVar[dict[str, str]] = {
         "A": "poly_lora_A", "B": "poly_lora_B", "logits": "poly_router.module_logits"
     }  # fmt: skip
