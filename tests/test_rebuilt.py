@@ -183,27 +183,6 @@ def test_gradients_are_those_of_a_kept_input(p: float, monkeypatch: pytest.Monke
         close(double, 2 * one)
 
 
-def test_one_input_of_several_layers_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, made, own = nn.functional.gelu(leaf(3, 4)), list[None](), nn.functional.gelu
-    monkeypatch.setattr(rebuilt.F, "gelu", lambda *args, **settings: [made.append(None), own(*args, **settings)][1])
-    pairs = [(leaf(2, 4), leaf(5, 2)) for _ in range(3)]
-    made.clear()
-    ys = [kernels.product(x, A, B, 1.0) for A, B in pairs]
-    ((ys[0] * ys[1]).sum() + ys[2].sum()).backward(retain_graph=True)
-    assert len(made) == 1
-    kept = vars(x)[rebuilt.MADE][1]
-    assert (kept.x, kept.users) == (None, 0)
-    first = [(A.grad.clone(), B.grad.clone()) for A, B in pairs]
-    ((ys[0] * ys[1]).sum() + ys[2].sum()).backward(retain_graph=True)
-    assert len(made) == 1 + 3
-    for (A, B), (a, b) in zip(pairs, first, strict=True):
-        close(A.grad, 2 * a)
-        close(B.grad, 2 * b)
-    again = [kernels.product(x, A, B, 1.0) for A, B in pairs]
-    (grad,) = torch.autograd.grad(again[1].sum(), pairs[1][0])  # a pass that comes to one of them only
-    close(grad, pairs[1][1].detach().sum(0)[:, None] * x.detach().sum(0))
-
-
 def _twice(value: Tensor) -> None:
     value.backward(retain_graph=True)
     value.backward()

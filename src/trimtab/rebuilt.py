@@ -7,9 +7,8 @@ of which PyTorch keeps what those got, for their own gradients. Such an input is
     x = gelu(a)
     x = (a - mean) / std w + b     a layer norm, of which mean and 1 / std are kept too
 
-That is to the same bits, but for the layer norm, where the last one may differ. Query, key and value have one input,
-which is made once in a backward pass that comes to all of them. What is not seen: a write that PyTorch does not see
-either (`x.data`), and one without gradients to a factor, before the product.
+That is to the same bits, but for the layer norm, where the last one may differ. What is not seen: a write that PyTorch
+does not see either (`x.data`), and one without gradients to a factor, before the product.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,40 +29,16 @@ def parts(x: Tensor) -> tuple[list[Tensor], Maker]:
     but the gradient's own function; where somebody has written to x; and where a part is not there for good, as a
     parameter outside the unit that FSDP has gathered.
     """
+    found: list[Tensor] = []
     if HOOKS is None or HOOKS(True) is not None or x.grad_fn is None or x._version:
         return [x], _first
-    found, made = vars(x).get(MADE) or _made(x)
-    if made is None or not all(part.untyped_storage().nbytes() for part in found):
-        return [x], _first
-    made.users += 1
-    return found, made
-
-
-MADE = "_trimtab_made"  # where a tensor remembers, as long as somebody has it
-
-
-class _Made:
-    """A maker for several users, who take turns in a backward pass: the first one makes x, the last one lets it go."""
-
-    def __init__(self, make: Maker) -> None:
-        self.make, self.users = make, 0
-        self.x: Tensor | None = None
-
-    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        self.users -= 1  # below 0 in a second pass over the graph, where each makes its own
-        x = self.make(parts) if self.x is None else self.x
-        self.x = x if self.users > 0 else None
-        return x
-
-
-def _made(x: Tensor) -> tuple[list[Tensor], _Made | None]:
-    found: list[Tensor] = []
     try:
         maker = _maker(x.grad_fn, found)
     except RuntimeError:  # the graph is freed, or a part was written to: gradients of x are out of reach, not others
         maker = None
-    vars(x)[MADE] = known = (found, _Made(maker) if maker else None)
-    return known
+    if maker is None or not all(part.untyped_storage().nbytes() for part in found):
+        return [x], _first
+    return found, maker
 
 
 def _first(parts: Sequence[Tensor]) -> Tensor:
