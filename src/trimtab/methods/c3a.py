@@ -67,7 +67,7 @@ class C3AConfig(BiasedConfig):
 
     peft_type: ClassVar[str] = "C3A"
     trains: ClassVar[str] = "circulant blocks"
-    relative_rate: ClassVar[float] = 20.0
+    relative_rate: ClassVar[float] = 80.0
     when: ClassVar[str] = "Changes of high rank from few parameters, where widths have a large common divisor."
     evidence: ClassVar[str] = (
         "Chen et al. report better results than LoRA's with fewer parameters on GLUE, instruction tuning and images. "

@@ -61,6 +61,7 @@ class DeloraConfig(PairConfig):
 
     peft_type: ClassVar[str] = "DELORA"
     trains: ClassVar[str] = "low-rank A and B, and their strength"
+    relative_rate: ClassVar[float] = 0.0625
     when: ClassVar[str] = "Long training, or a learning rate that nobody searched for: the change has a bound."
     evidence: ClassVar[str] = (
         "Bini et al. report results like LoRA's or better on image generation, language understanding and instruction "

@@ -91,6 +91,7 @@ class MissConfig(BiasedConfig):
 
     peft_type: ClassVar[str] = "MISS"
     trains: ClassVar[str] = "one block that all shards share"
+    relative_rate: ClassVar[float] = 0.25
     when: ClassVar[str] = "In place of LoRA where time and memory count: half of its pair, the other half is a sum."
     evidence: ClassVar[str] = (
         "Kang and Yin report better results than LoRA and its variants with faster convergence and less memory on "

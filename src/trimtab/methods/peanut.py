@@ -83,7 +83,7 @@ class PeanutConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "PEANUT"
     trains: ClassVar[str] = "a network from weight to change"
-    relative_rate: ClassVar[float] = 4.0
+    relative_rate: ClassVar[float] = 0.5
     when: ClassVar[str] = "LoRA's size of file, and a change that follows the weight that it changes; merges as LoRA's."
     evidence: ClassVar[str] = (
         "Zhong et al. report better results than LoRA and others on four benchmarks of language and vision tasks. The "

@@ -133,7 +133,7 @@ class PolyConfig(TargetConfig):
 
     peft_type: ClassVar[str] = "POLY"
     trains: ClassVar[str] = "several A and B, and each task's weights of them"
-    relative_rate: ClassVar[float] = 8.0
+    relative_rate: ClassVar[float] = 4.0
     when: ClassVar[str] = "Several related tasks at once, of which it shall be learned what they share."
     evidence: ClassVar[str] = (
         "Ponti et al. report it ahead of one adapter for all tasks and of one for each, in multitask learning and with "

@@ -104,7 +104,7 @@ class PsoftConfig(FanConfig):
 
     peft_type: ClassVar[str] = "PSOFT"
     trains: ClassVar[str] = "a rotation of the main directions"
-    relative_rate: ClassVar[float] = 2.0
+    relative_rate: ClassVar[float] = 4.0
     when: ClassVar[str] = "As OFT, with far fewer parameters: only what matters most in a weight is turned."
     evidence: ClassVar[str] = (
         "Wu et al. try it on 35 language and vision tasks with four models, and report that it needs less memory "

@@ -41,7 +41,7 @@ class PveraConfig(ProjectedConfig):
 
     peft_type: ClassVar[str] = "PVERA"
     trains: ClassVar[str] = "two vectors of scales, with a spread"
-    relative_rate: ClassVar[float] = 20.0
+    relative_rate: ClassVar[float] = 5.0
     when: ClassVar[str] = "As VeRA, where the model should also tell how sure it is: draw several answers, and compare."
     evidence: ClassVar[str] = (
         "Fillioux et al. report better results than VeRA and other adapters with a vision transformer on VTAB-1k. The "

@@ -93,6 +93,7 @@ class RandLoraConfig(PairConfig, FanConfig):
 
     peft_type: ClassVar[str] = "RANDLORA"
     trains: ClassVar[str] = "scales of random low-rank products"
+    relative_rate: ClassVar[float] = 0.25
     when: ClassVar[str] = "A change of full rank from as many parameters as LoRA has, where LoRA's rank is the limit."
     evidence: ClassVar[str] = (
         "Albert et al. report that it closes most of the gap between LoRA and full fine-tuning on vision, language and "

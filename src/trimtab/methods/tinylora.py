@@ -74,7 +74,7 @@ class TinyLoraConfig(PairConfig, FanConfig):
 
     peft_type: ClassVar[str] = "TINYLORA"
     trains: ClassVar[str] = "a few numbers between singular vectors"
-    relative_rate: ClassVar[float] = 10.0
+    relative_rate: ClassVar[float] = 2.5
     when: ClassVar[str] = "Reinforcement learning of what the model nearly knows, with tens of parameters."
     evidence: ClassVar[str] = (
         "Morris et al. report that a language model of about 8 billion parameters learns to solve problems of "

@@ -69,7 +69,7 @@ class UniLoraConfig(PairConfig, FanConfig):
 
     peft_type: ClassVar[str] = "UNILORA"
     trains: ClassVar[str] = "one vector for all layers"
-    relative_rate: ClassVar[float] = 4.0
+    relative_rate: ClassVar[float] = 64.0
     when: ClassVar[str] = "As few parameters as one likes, for a model of any size."
     evidence: ClassVar[str] = (
         "Li et al. report results like LoRA's on GLUE, mathematics and instruction tuning with far fewer parameters "

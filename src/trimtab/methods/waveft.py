@@ -78,7 +78,7 @@ class WaveFTConfig(SpectrumConfig):
 
     peft_type: ClassVar[str] = "WAVEFT"
     trains: ClassVar[str] = "a few of the change's wavelets"
-    relative_rate: ClassVar[float] = 8.0
+    relative_rate: ClassVar[float] = 0.5
     when: ClassVar[str] = "Image generation with a few pictures of a subject; a number of parameters of one's choice."
     evidence: ClassVar[str] = (
         "Bilican et al. report that with few parameters it keeps the subject and the prompt better than LoRA when "
