@@ -276,6 +276,7 @@ def test_a_saved_adapter_literally(tmp_path: Path) -> None:
     "query",
     "value"
   ],
+  "target_parameters": null,
   "task_type": "SEQ_CLS",
   "trainable_token_indices": null,
   "use_dora": false,

@@ -186,6 +186,8 @@ def test_combining_them_is_refused() -> None:
     model, _ = attached()
     with pytest.raises(MergeError, match="it changes parameters by name"):
         model.add_weighted_adapter(["default"], [0.5], "less")
+    with pytest.raises(MergeError, match="it changes parameters by name"):
+        model.convert_to_lora(1.0)
 
 
 def test_optimizers_of_lora_know_their_pairs() -> None:

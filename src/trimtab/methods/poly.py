@@ -138,7 +138,8 @@ class PolyConfig(TargetConfig):
     evidence: ClassVar[str] = (
         "Ponti et al. report it ahead of one adapter for all tasks and of one for each, in multitask learning and with "
         "few examples of a new task, and that the skills can be interpreted. Page-Caccia et al. find that the parts "
-        "of multi-head routing help more. Every call needs task_ids where there are several tasks."
+        "of multi-head routing help more. Every call needs task_ids where there are several tasks, and with several "
+        "it cannot be merged."
     )
     hf_prefix: ClassVar[str] = "poly_"
     not_in_hf: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
