@@ -218,6 +218,19 @@ def test_what_combine_refuses(
     assert not (tmp_path / "c").exists()
 
 
+def test_inspect_in_a_process_of_its_own(done: Path) -> None:
+    """Where nothing has been imported before it: which methods there are must be known all the same."""
+    shown = subprocess.run([sys.executable, "-m", "trimtab", "inspect", done], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "LORA" in shown.stdout
+
+
+def test_a_config_is_read_in_a_process_of_its_own(done: Path) -> None:
+    code = "import sys, trimtab; print(type(trimtab.PeftConfig.from_pretrained(sys.argv[1])).__name__)"
+    shown = subprocess.run([sys.executable, "-c", code, done], capture_output=True, text=True)
+    assert shown.stdout == "LoraConfig\n", shown.stderr
+
+
 def test_inspect_shows_what_is_there(done: Path, bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trimtab("inspect", done) == 0
     shown = capsys.readouterr().out

@@ -141,7 +141,11 @@ REFUSED = [
     ({"target_parameters": []}, ConfigError, "target_parameters=[]"),
     ({"target_parameters": ["inner.bias"]}, TargetError, "0.inner.bias is (5,) of torch.float32."),
     ({"target_modules": ["inner"], "target_parameters": ["inner.weight"]}, TargetError, "0.inner.weight: its module"),
-    ({"r": 5}, ConfigError, "0 has a rank of 4 at most: 5 is too much"),
+    (
+        {"r": 5},
+        ConfigError,
+        "0.mixed has a rank of 4 at most: 5 is too much. Closest: 4, or for these alone rank_pattern={'0.mixed': 4}.",
+    ),
     ({"lora_dropout": 0.1}, ConfigError, "lora_dropout=0.1 needs a layer"),
     ({"use_dora": True}, ConfigError, "use_dora=True needs a layer"),
     ({"init_lora_weights": "pissa"}, ConfigError, "init_lora_weights='pissa' needs a layer"),

@@ -1,6 +1,6 @@
 """The public names, and where each lives: `__init__.py` imports what is asked for."""
 
-from .adapter import Adapter, InputAdapter, PeftConfig, TaskType
+from .adapter import Adapter, InputAdapter, TaskType
 from .auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -23,6 +23,7 @@ from .errors import (
 )
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .merge import QuantizedMergeWarning
+from .methods import PeftConfig
 from .methods.adalora import AdaLoraConfig
 from .methods.beft import BeftConfig
 from .methods.bitfit import BitFitConfig

@@ -61,6 +61,7 @@ class Adapter(nn.Module):
     rank: tuple[int, int] | None = None  # of the change, and the highest that makes sense at the site
     folds: tuple[str, ...] = ()  # the parameters of the site that `folded` changes; then it acts by nothing else
     site: ClassVar[Any] = None  # the kind of sites.AnySite that it asks for, where it is not one of the usual ones
+    ranked: str = ""  # the parameter of the site whose rank that is, where it is not the layer's weight
     adjusted: ClassVar[frozenset[str]] = frozenset()  # settings of another one that `state_of` makes up for
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> its key in HF PEFT's files, where they differ
     hf_wraps: int = 1  # how often HF PEFT puts the site of such an adapter into a `base_layer`

@@ -84,7 +84,8 @@ def build(model: nn.Module, config: PeftConfig, saved: bool = False) -> tuple[Pe
 
 def _check_ranks(model: nn.Module, config: PeftConfig, adapters: dict[str, Adapter]) -> None:
     """Refuse parameters that could add nothing, since a matrix has at most the rank of its smaller side."""
-    ranks = [(path, part.rank) for path, adapter in adapters.items() for part in adapter.parts()]
+    parts = [(path, part) for path, adapter in adapters.items() for part in adapter.parts()]
+    ranks = [(f"{path}.{part.ranked}".strip("."), part.rank) for path, part in parts]
     above = {path: rank for path, rank in ranks if rank is not None and rank[0] > rank[1]}
     if not above:
         return
@@ -92,7 +93,7 @@ def _check_ranks(model: nn.Module, config: PeftConfig, adapters: dict[str, Adapt
     known = type(config).model_fields.keys() - config.found_in_training
     names = compact(list(above), model)
     ways = [f"rank_pattern={dict.fromkeys(names, most)}"] if "rank_pattern" in known else []
-    ways += [f"exclude_modules={names}"] if "exclude_modules" in known else []
+    ways += [f"exclude_modules={names}"] if "exclude_modules" in known and above.keys() <= adapters.keys() else []
     others = f", or for these alone {' or '.join(ways)}" if ways else ""
     raise ConfigError(
         f"{path or type(model).__name__} has a rank of {most} at most: {r} is too much. Closest: {most}{others}."

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from . import files
-from .adapter import PeftConfig, TaskType
+from .adapter import TaskType
 from .errors import CheckpointError
+from .methods import PeftConfig
 from .model import PeftModel
 
 AUTO = {  # transformers' classes for HF PEFT's tasks

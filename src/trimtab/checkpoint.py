@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import attach, files, hf_format, weights
-from .adapter import Adapter, PeftConfig
+from .adapter import Adapter
 from .attach import trunk
 from .errors import CheckpointError, ConfigError, TargetError
+from .methods import PeftConfig
 from .targets import PartialTargetWarning
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from . import checkpoint, watch
 from . import recipe as recipes
-from .adapter import PeftConfig
 from .auto import AutoPeftModel
 from .errors import CheckpointError, ConfigError, MergeError
 from .merge import QuantizedMergeWarning
-from .methods import METHODS
+from .methods import METHODS, PeftConfig
 from .model import PeftModel
 from .recipe import Recipe
 from .tasks import TASKS, Task

@@ -1,6 +1,6 @@
 """The methods: one file each, and the table of their names."""
 
-from ..adapter import PeftConfig
+from ..adapter import PeftConfig as PeftConfig  # from here, where all methods are known by which it reads files
 from .adalora import AdaLoraConfig
 from .beft import BeftConfig
 from .bitfit import BitFitConfig

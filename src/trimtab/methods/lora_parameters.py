@@ -64,7 +64,8 @@ class ParametersAdapter(Adapter):
         self.pairs = nn.ModuleList(pairs)
         self.folds = tuple(pair.name for pair in pairs)
         self.hf_wraps = len(pairs)  # HF PEFT puts one around the other, the last one outermost
-        self.rank = max((pair.rank for pair in pairs), key=lambda rank: rank[0] - rank[1])
+        highest = max(pairs, key=lambda pair: pair.rank[0] - pair.rank[1])
+        self.rank, self.ranked = highest.rank, highest.name
 
     def folded(self, site: nn.Module, name: str, value: Tensor) -> Tensor:
         pair: Any = self.pairs[self.folds.index(name)]
