@@ -119,7 +119,8 @@ def _fold(site: AnySite, names: tuple[str, ...], safe: bool) -> None:
     bias_name = shape.bias if shape else "bias"
     bias = site._parameters.get(bias_name)
     with torch.no_grad():
-        folded = sites.folded_parameters(site, named) if isinstance(site, sites.ParameterSite) else {}
+        changed = {name for adapter in named for name in adapter.folds}
+        folded = {name: sites.folded_parameter(site, name, named) for name in changed}
         weight = sites.folded_weight(site, others) if shape else None
         new_bias = sites.fold_bias(site, bias, others)
     for value in (*folded.values(), weight, new_bias):

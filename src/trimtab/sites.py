@@ -169,20 +169,20 @@ class ParameterSite(AnySite):
     """
 
     def __getattr__(self, name: str) -> Any:  # nn.Module's way to find its parameters
-        if "_active" in vars(self) and name in self.folds():
-            return folded_parameters(self, self.acting())[name]
+        if name in vars(self).get("_parameters", ()) and "_active" in vars(self) and name in self.folds():
+            return folded_parameter(self, name, self.acting())
         return super().__getattr__(name)
 
-    def folds(self) -> list[str]:
+    def folds(self) -> set[str]:
         """The names of all that some adapter here changes, active or not."""
         held = cast(Iterable[Adapter], adapters(self)._modules.values())
-        return [name for adapter in held for part in adapter.parts() for name in part.folds]
+        return {name for adapter in held for part in adapter.parts() for name in part.folds}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows, held, call = self._active.rows, adapters(self)._modules, super().forward
 
         def run(acting: list[Adapter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            folded = folded_parameters(self, acting)
+            folded = {name: folded_parameter(self, name, acting) for name in self.folds()}
             vars(self).update(folded)  # found before `__getattr__` is asked
             try:
                 return call(*args, **kwargs)
@@ -251,13 +251,13 @@ def folded_weight(site: nn.Module, adapters: list[Adapter]) -> Tensor:
     return weight.to(dtype)
 
 
-def folded_parameters(site: ParameterSite, acting: list[Adapter]) -> dict[str, Tensor]:
-    """The parameters that adapters here change by name, with those that act folded in."""
-    found = {name: cast(Tensor, site._parameters[name]) for name in site.folds()}
-    for adapter in acting:
-        for name in adapter.folds:
-            found[name] = adapter.folded(site, name, found[name])
-    return found
+def folded_parameter(site: nn.Module, name: str, adapters: list[Adapter]) -> Tensor:
+    """The stored parameter of this name with those of the adapters folded in that change it by name."""
+    value = cast(Tensor, site._parameters[name])
+    for adapter in adapters:
+        if name in adapter.folds:
+            value = adapter.folded(site, name, value)
+    return value
 
 
 def is_read(module: nn.Module, parent: nn.Module | None) -> bool:

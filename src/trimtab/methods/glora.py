@@ -97,7 +97,7 @@ class GloraAdapter(BiasedAdapter):
         return super().merged_bias(site, bias)
 
     def hf_key(self, name: str) -> str:
-        return "base_layer.bias" if name == "bias.value" else name.replace("forms.", "glora_")
+        return super().hf_key(name).replace("forms.", "glora_")
 
     def computed(self) -> dict[str, Tensor]:
         return {end: torch.zeros(shape) for end, shape in self._zeros.items()}
